@@ -1,0 +1,204 @@
+"""Reading a .sct file: mapped, lazy and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+import xxhash
+
+from .dtypes import numpy_dtype
+from .errors import (
+    ChecksumError,
+    FormatError,
+    IncompleteError,
+    MissingEntryError,
+    NotSctError,
+    TrailingDataError,
+    TruncatedError,
+)
+from .layout import HEAD_BYTES, MAGIC, TAIL_BYTES, Blob, FileEntry, Head, Index, Tail, TensorEntry
+
+CHUNK_BYTES: Final = 16 << 20
+"""How much is read at a time where a whole blob is walked: its pages are given back after each piece."""
+
+
+class SctFile:
+    """An open .sct file.
+
+    Opening reads head, tail and index and nothing else. Tensors are views into a private (copy-on-write) mapping of
+    the file: nothing is read before it is used, and writing into a view never reaches the file. A view keeps the
+    mapping alive, also after `close`.
+
+        with SctFile("model.sct") as file:
+            U = file.tensor("model.layers.0.mlp.up_proj.U")
+
+    Args:
+        path: the file.
+        allow_incomplete: open a conversion that was not finished, to describe or resume it.
+
+    Raises:
+        FormatError: the subclass that says what is wrong with the file.
+        OSError: the file cannot be opened at all.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> None:
+        self.path: Final = Path(path)
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        try:
+            self.nbytes: Final = os.fstat(self._file.fileno()).st_size
+            self.head: Final = self._read_head()
+            self.tail: Final = Tail.unpack(self._pread(self.head.committed - TAIL_BYTES, TAIL_BYTES), self.head.committed)
+            data = self._pread(self.tail.index_offset, self.tail.index_nbytes)
+            self.index: Final = Index.unpack(data, self.tail)
+            if not self.index.complete and not allow_incomplete:
+                raise IncompleteError("the conversion was not finished; convert again")
+        except FormatError as error:
+            self._file.close()
+            raise type(error)(f"{self.path}: {error}") from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_head(self) -> Head:
+        data = self._pread(0, min(HEAD_BYTES, self.nbytes))
+        if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+            raise NotSctError(f"not a .sct file, but {describe_content(data)}")
+        if len(data) < HEAD_BYTES:
+            raise TruncatedError(f"cut after {self.nbytes} bytes, within the head; fetch or convert it again")
+        head = Head.unpack(data)
+        if head.committed == 0:
+            raise TruncatedError("nothing was ever committed to this file; convert again")
+        if head.committed > self.nbytes:
+            raise TruncatedError(f"cut: {self.nbytes} of {head.committed} bytes are there; fetch or convert it again")
+        if head.committed < self.nbytes:
+            raise TrailingDataError(f"{self.nbytes - head.committed} bytes follow its end at {head.committed}; corrupt")
+        return head
+
+    def _pread(self, offset: int, nbytes: int) -> bytes:
+        self._file.seek(offset)
+        data = bytearray()
+        while len(data) < nbytes and (piece := self._file.read(nbytes - len(data))):
+            data += piece
+        if len(data) < nbytes:
+            raise TruncatedError(f"cut: it ends while {nbytes} bytes at {offset} are read")
+        return bytes(data)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        descriptor = self._file.fileno()
+        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+        # Without MAP_NORESERVE the kernel may refuse a writable private mapping larger than the memory.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def entry(self, name: str) -> TensorEntry:
+        """The index entry of a tensor.
+
+        Raises:
+            MissingEntryError: there is no such tensor.
+        """
+        try:
+            return self.index.tensors[name]
+        except KeyError:
+            raise MissingEntryError(f"{self.path}: no tensor {name!r}; it has {len(self.index.tensors)}") from None
+
+    def buffer(self, name: str) -> memoryview:
+        """The bytes of a tensor, without a copy. Writable, but what is written stays in this process."""
+        entry = self.entry(name)
+        return memoryview(self._map)[entry.offset : entry.offset + entry.nbytes]
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor as a read-only array, without a copy; BF16 as `ml_dtypes.bfloat16`.
+
+        Raises:
+            MissingEntryError: there is no such tensor.
+        """
+        entry = self.entry(name)
+        array = np.frombuffer(self.buffer(name), dtype=numpy_dtype(entry.dtype)).reshape(entry.shape)
+        array.flags.writeable = False
+        return array
+
+    def file(self, name: str) -> bytes:
+        """An embedded file, checked against its sha256.
+
+        Raises:
+            MissingEntryError: there is no such file. ChecksumError: it was damaged.
+        """
+        try:
+            entry = self.index.files[name]
+        except KeyError:
+            raise MissingEntryError(f"{self.path}: no embedded file {name!r}") from None
+        data = self._pread(entry.offset, entry.nbytes)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise self._damaged(entry)
+        return data
+
+    def verify(self, blob: Blob) -> None:
+        """Holds a blob against its checksum, reading `CHUNK_BYTES` at a time.
+
+        Raises:
+            ChecksumError: it was damaged.
+        """
+        is_tensor = isinstance(blob, TensorEntry)
+        digest = xxhash.xxh3_64() if is_tensor else hashlib.sha256()
+        for piece in self._pieces(blob):
+            digest.update(piece)
+        if digest.hexdigest() != (blob.xxh3 if isinstance(blob, TensorEntry) else blob.sha256):
+            raise self._damaged(blob)
+
+    def _pieces(self, blob: Blob) -> Iterator[bytes]:
+        for start in range(0, blob.nbytes, CHUNK_BYTES):
+            yield self._pread(blob.offset + start, min(CHUNK_BYTES, blob.nbytes - start))
+
+    def _damaged(self, blob: Blob) -> ChecksumError:
+        what = "embedded file" if isinstance(blob, FileEntry) else "tensor"
+        return ChecksumError(f"{self.path}: the {what} {blob.name} does not match its checksum; the file is damaged")
+
+    def close(self) -> None:
+        """Closes the file. The mapping goes when the last view of it does."""
+        self._file.close()
+
+    def __enter__(self) -> SctFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_sct(path: str | os.PathLike[str]) -> bool:
+    """Whether the file begins like a .sct file. False for what cannot be read or is no file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def describe_content(data: bytes) -> str:
+    """What a file seems to be by its first bytes, with the way out; for messages about files of the wrong kind."""
+    if not data:
+        return "an empty file"
+    if data.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer; fetch the file itself with `git lfs pull`"
+    if data.startswith(b"GGUF"):
+        return "a GGUF file; `sctconv convert` makes a .sct of it"
+    if data.startswith(b"PK\x03\x04"):
+        return "a zip archive, perhaps a torch .bin; `sctconv convert` takes the directory it is in"
+    if len(data) > 8 and data[8:9] == b"{":
+        return "perhaps a safetensors file; `sctconv convert` takes the directory it is in"
+    if data.lstrip()[:1] == b"<":
+        return "an HTML page, perhaps an error page saved by a download"
+    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in data):
+        return "a text file"
+    return "something else"

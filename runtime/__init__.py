@@ -1,0 +1,1 @@
+"""torch: factored layers, models made of them, generation and evaluation."""

@@ -1,0 +1,175 @@
+"""A transformers model without its weights, and the linear layers in it.
+
+The model code is transformers' own, so any causal language model that it knows can be converted and run with the
+same numbers. Parameters are on the meta device (no memory); buffers are real, as rotary frequencies and the like are
+computed by the constructor and stand in no checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sctconv.formats.errors import SctError
+
+from .spectral import SpectralLinear
+
+TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What may make up a tokenizer in a Hugging Face directory."""
+
+
+class ModelError(SctError):
+    """transformers cannot build the model that the configuration describes."""
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer of a model: y = x W^T + b with W (out, in). `transposed`: stored as W^T, GPT-2's Conv1D."""
+
+    out: int
+    in_: int
+    bias: bool
+    transposed: bool
+
+
+@contextlib.contextmanager
+def directory_of(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A temporary directory with these files, for the loaders of transformers that want one."""
+    with tempfile.TemporaryDirectory(prefix="sctconv-") as directory:
+        for name, data in files.items():
+            (Path(directory) / name).write_bytes(data)
+        yield Path(directory)
+
+
+def load_config(files: Mapping[str, bytes], source: str) -> Any:
+    """The transformers configuration in `config.json`.
+
+    Args:
+        files: a model's small files; `config.json` must be among them.
+        source: what to call the model in an error.
+
+    Raises:
+        ModelError: the file is missing or not JSON, or transformers does not know the architecture.
+    """
+    if "config.json" not in files:
+        raise ModelError(f"{source}: has no config.json")
+    with directory_of({"config.json": files["config.json"]}) as directory:
+        try:
+            return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # transformers raises what it likes here; its first line says the most
+            raise ModelError(f"{source}: transformers {transformers.__version__} refuses its config.json: {_line(error)}") from None
+
+
+def build_skeleton(config: Any, source: str) -> Any:
+    """The model that a configuration describes, parameters on the meta device, buffers real, in eval mode.
+
+    The class is the one that `architectures` names if transformers has it, else that of the causal language model.
+
+    Raises:
+        ModelError: transformers has no such model or cannot build it.
+    """
+    known = getattr(transformers, ((config.architectures or [""])[0]), None)
+    cls = known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else None
+    try:
+        with _parameters_on_meta():
+            if cls is not None:
+                model = cls._from_config(config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ModelError(f"{source}: transformers cannot build a {config.model_type} of this config: {_line(error)}") from None
+    return model.eval()
+
+
+def load_tokenizer(files: Mapping[str, bytes]) -> Any | None:
+    """The tokenizer that these files make, or None if there is none among them.
+
+    Raises:
+        ModelError: they do not make one.
+    """
+    names = [name for name in (*TOKENIZER_FILES, "config.json") if name in files]
+    if not set(names) - {"config.json", "chat_template.jinja", "chat_template.json"}:
+        return None
+    with directory_of({name: files[name] for name in names}) as directory:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"the tokenizer cannot be loaded: {_line(error)}") from None
+
+
+def linear_layers(model: nn.Module) -> dict[str, LinearShape]:
+    """The layers that can be factored: module path -> shape, in the model's order.
+
+    Only `nn.Linear` itself and GPT-2's Conv1D count; a subclass may compute something else from its weight.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            layers[name] = LinearShape(module.out_features, module.in_features, module.bias is not None, False)
+        elif type(module) is Conv1D:
+            layers[name] = LinearShape(module.nf, module.nx, True, True)
+    return layers
+
+
+def factor_(model: nn.Module, ranks: Mapping[str, int], dtype: torch.dtype | None = None) -> None:
+    """Replaces linear layers by `SpectralLinear` of the given ranks, on the meta device.
+
+    Raises:
+        ModelError: the model has no such linear layer.
+    """
+    shapes = linear_layers(model)
+    for name, rank in ranks.items():
+        if name not in shapes:
+            raise ModelError(f"the model has no linear layer {name!r} to replace by factors")
+        shape = shapes[name]
+        parent, _, child = name.rpartition(".")
+        spectral = SpectralLinear(shape.in_, shape.out, rank, shape.bias, device="meta", dtype=dtype)
+        setattr(model.get_submodule(parent), child, spectral)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within, a parameter goes to the meta device the moment a module registers it; buffers stay real.
+
+    `torch.device("meta")` would take the buffers along, and transformers recomputes them only within from_pretrained.
+    """
+    register: Callable[..., None] = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

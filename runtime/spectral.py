@@ -1,0 +1,59 @@
+"""Linear layers kept as truncated SVD factors (SCT, arXiv 2604.00733, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SpectralLinear(nn.Module):
+    """`y = ((x V) * s) U^T + b`: a linear layer whose dense weight W = U diag(s) V^T (out, in) never exists.
+
+    Costs `rank (in + out + 1)` parameters and as many multiplications a token, instead of `in * out`.
+    In the paper's notation, `x U diag(s) V^T`, U and V are the other way round.
+
+    Args:
+        in_features: size of x's last dimension.
+        out_features: size of y's last dimension.
+        rank: k, 1 <= k <= min(in, out).
+        bias: whether b exists.
+
+    Attributes:
+        U: (out, rank), orthonormal columns.
+        s: (rank,) descending and positive. Stays float32 where the factors are narrower, as an optimiser's step on a
+            bfloat16 singular value is mostly rounded away.
+        V: (in, rank), orthonormal columns.
+        bias: (out,) or None.
+
+    The parameters are left uninitialised: they come from a file or a factorisation.
+
+    Raises:
+        ValueError: the rank does not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank {rank} does not fit a layer of {out_features} x {in_features}")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.s = nn.Parameter(torch.empty(rank, device=device, dtype=torch.float32))
+        self.V = nn.Parameter(torch.empty(in_features, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out), in x's dtype."""
+        h = x @ self.V
+        return F.linear(h * self.s.to(h.dtype), self.U, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"

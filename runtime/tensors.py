@@ -1,0 +1,72 @@
+"""torch <-> numpy without a copy, bfloat16 included."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from sctconv.formats.errors import FormatError
+from sctconv.formats.layout import TensorEntry
+from sctconv.formats.reader import SctFile
+
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""On-disk name -> torch dtype."""
+
+_BITS: Final = {
+    torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
+    torch.float8_e4m3fn: (torch.int8, np.dtype(ml_dtypes.float8_e4m3fn)),
+    torch.float8_e5m2: (torch.int8, np.dtype(ml_dtypes.float8_e5m2)),
+}
+
+
+def mapped_tensor(file: SctFile, entry: TensorEntry) -> Tensor:
+    """A tensor of a .sct file, in the file's mapping: read when used; writing into it stays in this process.
+
+    Raises:
+        FormatError: the tensor is too large for this process to address.
+    """
+    dtype = TORCH_DTYPES[entry.dtype]
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=dtype)
+    try:
+        return torch.frombuffer(file.buffer(entry.name), dtype=dtype).reshape(entry.shape)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise FormatError(f"{file.path}: tensor {entry.name} cannot be mapped ({error})") from None
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A CPU tensor as an array on the same memory."""
+    tensor = tensor.detach()
+    if tensor.dtype in _BITS:
+        bits, dtype = _BITS[tensor.dtype]
+        return tensor.contiguous().view(bits).numpy().view(dtype)
+    array: np.ndarray = tensor.numpy()
+    return array
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A writable array as a tensor on the same memory."""
+    for bits, dtype in _BITS.items():
+        if array.dtype == dtype[1]:
+            return torch.from_numpy(array.view(np.int16 if bits is torch.bfloat16 else np.int8)).view(bits)
+    return torch.from_numpy(array)

@@ -1,0 +1,1 @@
+"""Dense checkpoint in, .sct file out."""

@@ -1,0 +1,122 @@
+"""A GGUF file as a checkpoint in Hugging Face's terms.
+
+Configuration, tokenizer, tensor names and the undoing of llama.cpp's changes to tensors are transformers' own, so the
+result is what `from_pretrained(gguf_file=...)` gives. What is ours is that it goes one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import transformers
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
+
+from sctconv.formats.checkpoint import TensorInfo, read_tensor
+from sctconv.formats.errors import CorruptShardError, UnsupportedCheckpointError
+from sctconv.formats.gguf_file import GgufTensors
+from sctconv.runtime.skeleton import build_skeleton, load_config
+
+from .base import Source
+
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2", "gpt2")
+"""GGUF architectures that are read: dense decoders of which each GGUF tensor is one of the model's."""
+
+_STREAMED: Final = ("token_embd.weight", "output.weight")
+"""Large tensors that no architecture changes: passed on piece by piece. The others are held whole."""
+
+_EOS_KEYS: Final = ("eos", "eot", "eom")
+
+
+def open_gguf(path: Path, label: str) -> Source:
+    """Opens a GGUF file.
+
+    Raises:
+        CheckpointError: it is damaged, or of an architecture that is not read.
+    """
+    tensors = GgufTensors(path)
+    if tensors.architecture not in ARCHITECTURES:
+        raise UnsupportedCheckpointError(
+            f"{path}: GGUF architecture {tensors.architecture!r} is not read (only {', '.join(ARCHITECTURES)}); "
+            "convert from the model's safetensors"
+        )
+    files = _small_files(path, tensors)
+    config = load_config(files, label)
+    if (experts := tensors.field(f"{tensors.architecture}.expert_count")) and experts > 1:
+        raise UnsupportedCheckpointError(f"{path}: a mixture of {experts} experts; convert from the model's safetensors")
+    origin = {"source": path.name, "format": "gguf"}
+    for key in ("name", "license", "basename", "finetune"):
+        if isinstance(value := tensors.field(f"general.{key}"), str):
+            origin[f"general.{key}"] = value
+    return Source(label, path.stem, files, _NamedGguf(tensors, config), origin)
+
+
+class _NamedGguf:
+    """GGUF tensors under the model's own names, in the model's own order of rows."""
+
+    def __init__(self, gguf: GgufTensors, config: Any) -> None:
+        self._gguf = gguf
+        self._processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=config.to_dict())
+        names = get_gguf_hf_weights_map(build_skeleton(config, str(gguf.path)), self._processor)
+        self._gguf_names: dict[str, str] = {}
+        self.tensors: Final[dict[str, TensorInfo]] = {}
+        for gguf_name, info in gguf.tensors.items():
+            name = "lm_head.weight" if gguf_name == "output.weight" else names.get(gguf_name, gguf_name)
+            if name in self._gguf_names:
+                raise CorruptShardError(f"{gguf.path}: {gguf_name} and {self._gguf_names[name]} are both {name}")
+            self._gguf_names[name] = gguf_name
+            self.tensors[name] = self._processed(gguf_name, info)
+
+    def _processed(self, gguf_name: str, info: TensorInfo) -> TensorInfo:
+        """Its shape after processing, found on a tensor that takes no memory."""
+        if gguf_name in _STREAMED:
+            return info
+        empty = np.broadcast_to(np.zeros((), np.float32), info.shape)
+        shape = np.shape(self._processor.process(empty, gguf_name).weights) if len(info.shape) > 1 else info.shape
+        return TensorInfo(info.dtype, tuple(shape), info.shard)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        gguf_name = self._gguf_names[name]
+        if gguf_name in _STREAMED:
+            yield from self._gguf.chunks(gguf_name)
+            return
+        values = read_tensor(self._gguf, gguf_name)
+        yield np.ascontiguousarray(self._processor.process(values, gguf_name).weights).reshape(-1)
+
+
+def _small_files(path: Path, tensors: GgufTensors) -> dict[str, bytes]:
+    """config.json, generation_config.json and the tokenizer, as transformers recovers them from the metadata."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        if not config.architectures:
+            config.architectures = [_causal_class(config)]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers raises what it likes here
+        raise UnsupportedCheckpointError(
+            f"{path}: transformers cannot recover the model from its metadata ({str(error)[:200]})"
+        ) from None
+    # every id that ends a turn, or generation would run on past the first kind that the model happens to use
+    ids = [tensors.field(f"tokenizer.ggml.{key}_token_id") for key in _EOS_KEYS]
+    eos = list(dict.fromkeys(value for value in ids if value is not None))
+    if eos:
+        config.eos_token_id = eos[0]
+    generation = {"bos_token_id": tensors.field("tokenizer.ggml.bos_token_id"), "eos_token_id": eos or None}
+    with tempfile.TemporaryDirectory(prefix="sctconv-") as directory:
+        config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (Path(directory) / "generation_config.json").write_text(
+            json.dumps({key: value for key, value in generation.items() if value is not None}, indent=2)
+        )
+        return {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir()) if file.is_file()}
+
+
+def _causal_class(config: Any) -> str:
+    return str(transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__)
