@@ -16,6 +16,7 @@ says how good the approximation is; that it is nearly optimal is what the stoppi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ class TruncatedSVD:
     """`W ~ U diag(s) V^T`.
 
     Attributes:
-        U: (m, k) float32, orthonormal columns; the largest entry of each is positive.
+        U: (m, k), orthonormal columns to its dtype's rounding; the largest entry of each is positive.
         s: (k,) float32, descending, >= 0.
-        V: (n, k) float32, orthonormal columns.
+        V: (n, k), likewise.
         energy: ||U diag(s) V^T||_F^2 / ||W||_F^2, float64; 1 for W = 0.
         error: ||W - U diag(s) V^T||_F / ||W||_F, measured in float64; 0 for W = 0.
         norm: ||W||_F, float64.
@@ -60,12 +61,18 @@ class TruncatedSVD:
     norm: float
     method: str
 
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self.s.numel()
+
 
 def truncated_svd(
     W: Tensor,
     rank: int,
     *,
     method: Method = "auto",
+    dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-3,
     seed: int = 0,
     name: str = "matrix",
@@ -76,6 +83,7 @@ def truncated_svd(
         W: (m, n), any floating dtype, any device; not changed.
         rank: k, 1 <= k <= min(m, n).
         method: `exact`, `subspace`, or `auto`: exact where min(m, n) is at most `EXACT_SIDE` or k is a large part of it.
+        dtype: what U and V are rounded to; the error is that of the rounded factors.
         tolerance: `subspace` stops when an iteration lowers the tail's energy by less than this share.
         seed: of the random start of `subspace`.
         name: what to call W in an error.
@@ -92,9 +100,10 @@ def truncated_svd(
     with _full_precision():
         U, s, V = _exact(W, rank) if method == "exact" else _subspace(W, rank, norm, tolerance, seed)
         U, s, V = _fix_signs(U.float(), s.float(), V.float())
+        U, V = U.to(dtype), V.to(dtype)
         error = residual_norm(W, U, s, V)
-    energy = float(s.double().square().sum()) / norm**2 if norm else 1.0
-    return TruncatedSVD(U, s, V, min(energy, 1.0), error / norm if norm else 0.0, norm, method)
+    energy = min(1.0, float(s.double().square().sum()) / norm**2) if norm else 1.0
+    return TruncatedSVD(U, s, V, energy, error / norm if norm else 0.0, norm, method)
 
 
 def singular_values(W: Tensor, *, name: str = "matrix") -> Tensor:
@@ -178,10 +187,9 @@ def _exact(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     Q, R = torch.linalg.qr(A) if A.shape[0] > 1.5 * A.shape[1] else (None, A)
     try:
         U, s, Vh = torch.linalg.svd(R, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # The divide-and-conquer driver can fail on a finite matrix; its eigenvalue problem does not.
-        w, P = torch.linalg.eigh(R.T @ R)
-        V = P.flip(1)
+        V = torch.linalg.eigh(R.T @ R).eigenvectors.flip(1)
         U, T = torch.linalg.qr(R @ V)
         s, U = T.diagonal().abs(), U * _signs(T.diagonal())
         Vh = V.T
@@ -246,15 +254,13 @@ def _column_blocks(W: Tensor) -> Iterator[Tensor]:
         yield W[:, start : start + step].to(torch.float64, copy=True)
 
 
-class _full_precision:
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
     """TF32 off and no autograd while numbers that decide something are computed."""
-
-    def __enter__(self) -> None:
-        self._no_grad = torch.no_grad()
-        self._no_grad.__enter__()
-        self._precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self._precision)
-        self._no_grad.__exit__(None, None, None)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

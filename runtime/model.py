@@ -10,10 +10,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sctconv.formats.layout import Blob
 from sctconv.formats.reader import SctFile
 
 from .skeleton import ModelError, build_skeleton, directory_of, factor_, load_config, load_tokenizer
-from .tensors import TORCH_DTYPES, mapped_tensor
+from .spectral import SpectralLinear
+from .tensors import mapped_tensor
 
 
 class Loaded(NamedTuple):
@@ -47,7 +49,8 @@ def load(
     """
     with SctFile(path) as file:
         if verify:
-            for blob in (*file.index.tensors.values(), *file.index.files.values()):
+            blobs: list[Blob] = [*file.index.tensors.values(), *file.index.files.values()]
+            for blob in blobs:
                 file.verify(blob)
         files = {name: file.file(name) for name in file.index.files}
         config = load_config(files, str(path))
@@ -86,42 +89,37 @@ def assign_(
         ModelError: a tensor has another shape than the model's, or the model needs one that is not there.
     """
     places = model.state_dict(keep_vars=True)
-    missing = {name for name, place in places.items() if place.device.type == "meta"}
-    storages: set[int] = set()
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    missing = {name for name, place in places.items() if place.is_meta}
+    seen: set[int] = set()
     main: torch.dtype | None = None
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-        place = places.get(name)
-        if place is None:
+        if (place := places.get(name)) is None:
             continue
         if place.shape != tensor.shape:
             raise ModelError(f"{source}: {name} is {list(tensor.shape)}, but the model needs {list(place.shape)}")
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
         if tensor.is_floating_point():
-            narrow = place.dtype if name.endswith(".s") else dtype
-            tensor = tensor.to(device=device, dtype=narrow or tensor.dtype)
+            is_singular = isinstance(module, SpectralLinear) and child == "s"
+            tensor = tensor.to(device=device, dtype=torch.float32 if is_singular else dtype or tensor.dtype)
             main = main or tensor.dtype
-        if tensor.data_ptr() in storages:  # stored once by value; tied below if the model ties them, apart if not
-            tensor = tensor.clone()
-        storages.add(tensor.data_ptr())
-        _set(model, name, tensor, place)
+        if tensor.data_ptr() in seen and name not in tied:
+            tensor = tensor.clone()  # equal by value in the file; two parameters all the same
+        seen.add(tensor.data_ptr())
+        if isinstance(place, nn.Parameter):
+            module._parameters[child] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        else:
+            module._buffers[child] = tensor
         missing.discard(name)
+    if tied:
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes what it ties out of `missing`
     if missing:
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    elif model.all_tied_weights_keys:
-        model.tie_weights(missing_keys=set(), recompute_mapping=False)
-    if missing:
-        names = sorted(missing)
-        raise ModelError(f"{source}: lacks {len(names)} of the model's {len(places)} tensors, the first {names[0]}")
+        raise ModelError(
+            f"{source}: lacks {len(missing)} of the model's {len(places)} tensors, the first {min(missing)}"
+        )
     model.config.dtype = dtype or main
     model.to(device)
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor, place: Tensor) -> None:
-    parent, _, child = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if isinstance(place, nn.Parameter):
-        module._parameters[child] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        module._buffers[child] = tensor
 
 
 def set_generation_config_(model: Any, files: Mapping[str, bytes]) -> None:
@@ -137,13 +135,3 @@ def set_generation_config_(model: Any, files: Mapping[str, bytes]) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
         except Exception as error:
             raise ModelError(f"generation_config.json cannot be read: {error}") from None
-
-
-def file_dtype(file: SctFile) -> torch.dtype:
-    """The dtype that most bytes of floating tensors in a file have."""
-    counts: dict[torch.dtype, int] = {}
-    for entry in file.index.tensors.values():
-        dtype = TORCH_DTYPES[entry.dtype]
-        if dtype.is_floating_point:
-            counts[dtype] = counts.get(dtype, 0) + entry.nbytes
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32

@@ -80,7 +80,9 @@ def load_config(files: Mapping[str, bytes], source: str) -> Any:
         try:
             return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers raises what it likes here; its first line says the most
-            raise ModelError(f"{source}: transformers {transformers.__version__} refuses its config.json: {_line(error)}") from None
+            raise ModelError(
+                f"{source}: transformers {transformers.__version__} refuses its config.json: {_line(error)}"
+            ) from None
 
 
 def build_skeleton(config: Any, source: str) -> Any:
@@ -91,16 +93,16 @@ def build_skeleton(config: Any, source: str) -> Any:
     Raises:
         ModelError: transformers has no such model or cannot build it.
     """
-    known = getattr(transformers, ((config.architectures or [""])[0]), None)
-    cls = known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else None
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     try:
         with _parameters_on_meta():
-            if cls is not None:
-                model = cls._from_config(config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config)
+            build = named._from_config if is_model else transformers.AutoModelForCausalLM.from_config
+            model = build(config)
     except Exception as error:
-        raise ModelError(f"{source}: transformers cannot build a {config.model_type} of this config: {_line(error)}") from None
+        raise ModelError(
+            f"{source}: transformers cannot build a {config.model_type} of this config: {_line(error)}"
+        ) from None
     return model.eval()
 
 
@@ -163,7 +165,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .convert.options import ConvertOptions
-    from .convert.pipeline import convert
     from .formats.reader import SctFile
     from .runtime.model import load
     from .runtime.spectral import SpectralLinear
@@ -17,14 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "ConvertOptions": "sctconv.convert.options",
     "SctFile": "sctconv.formats.reader",
     "SpectralLinear": "sctconv.runtime.spectral",
-    "convert": "sctconv.convert.pipeline",
     "load": "sctconv.runtime.model",
 }
 
-__all__ = ["ConvertOptions", "SctFile", "SpectralLinear", "__version__", "convert", "load"]
+__all__ = ["SctFile", "SpectralLinear", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,9 +71,8 @@ def read_small_files(directory: Path) -> dict[str, bytes]:
     try:
         paths = sorted(path for path in directory.iterdir() if path.is_file())
         for path in paths:
-            if path.name in SMALL_FILES or NOTICE.fullmatch(path.name):
-                if check_small(path) > 0:
-                    files[path.name] = path.read_bytes()
+            if (path.name in SMALL_FILES or NOTICE.fullmatch(path.name)) and check_small(path):
+                files[path.name] = path.read_bytes()
     except OSError as error:
         raise MissingFileError(f"{directory}: cannot be read ({error.strerror})") from None
     return files

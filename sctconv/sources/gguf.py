@@ -51,7 +51,9 @@ def open_gguf(path: Path, label: str) -> Source:
     files = _small_files(path, tensors)
     config = load_config(files, label)
     if (experts := tensors.field(f"{tensors.architecture}.expert_count")) and experts > 1:
-        raise UnsupportedCheckpointError(f"{path}: a mixture of {experts} experts; convert from the model's safetensors")
+        raise UnsupportedCheckpointError(
+            f"{path}: a mixture of {experts} experts; convert from the model's safetensors"
+        )
     origin = {"source": path.name, "format": "gguf"}
     for key in ("name", "license", "basename", "finetune"):
         if isinstance(value := tensors.field(f"general.{key}"), str):

@@ -37,7 +37,9 @@ class TorchBinTensors:
                 if name in self.tensors:
                     raise CorruptShardError(f"{shard}: tensor {name} is also in {self.tensors[name].shard.name}")
                 if tensor.dtype not in _NAMES:
-                    raise UnsupportedCheckpointError(f"{shard}: tensor {name} is {tensor.dtype}, which is not supported")
+                    raise UnsupportedCheckpointError(
+                        f"{shard}: tensor {name} is {tensor.dtype}, which is not supported"
+                    )
                 self.tensors[name] = TensorInfo(_NAMES[tensor.dtype], tuple(tensor.shape), shard)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:

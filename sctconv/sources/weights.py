@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -92,6 +94,20 @@ class DenseModel:
             last = max((info.shard for info in infos), key=lambda shard: shards[shard])
             tensors[target] = TensorInfo(infos[0].dtype, tuple(places[target].shape), last)
         return dict(sorted(tensors.items(), key=lambda pair: (shards[pair[1].shard], dot_natural_key(pair[0]))))
+
+    def shards_read_by(self, name: str) -> set[Path]:
+        """The shards that a tensor is read from."""
+        merge = self._merges.get(name)
+        names = [source for _, source in merge.sources] if merge else [self._origin.get(name, name)]
+        return {self.source.tensors[source].shard for source in names}
+
+    def shards_done_after(self, name: str) -> set[Path]:
+        """The shards that nothing after this tensor, in the order of `tensors`, is read from."""
+        return {shard for shard in self.shards_read_by(name) if self._last_use[shard] == name}
+
+    @cached_property
+    def _last_use(self) -> dict[Path, str]:
+        return {shard: name for name in self.tensors for shard in self.shards_read_by(name)}
 
     def _check(self) -> None:
         places = self.skeleton.state_dict()

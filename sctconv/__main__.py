@@ -1,0 +1,5 @@
+"""`python -m sctconv`."""
+
+from .cli import main
+
+main(prog_name="sctconv")

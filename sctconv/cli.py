@@ -1,0 +1,65 @@
+"""The command line: `sctconv COMMAND`.
+
+Nothing here or in `commands` imports torch or transformers before a command runs, so that `--help` is light.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from . import __version__
+from .commands.convert import convert
+from .commands.evaluate import evaluate
+from .commands.generate import generate
+from .commands.inspect import inspect
+from .commands.verify import verify
+from .formats.errors import SctError
+
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Ends every command in one line on stderr and an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except SctError as error:
+            self._fail(str(error), error.exit_code)
+        except MemoryError:
+            self._fail("out of memory; a smaller model, rank or context needs less", 1)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+            sys.exit(1)
+        except OSError as error:
+            named = f"{error.filename}: " if error.filename else ""
+            self._fail(f"{named}{error.strerror or error}", 1)
+        except KeyboardInterrupt:
+            self._fail("interrupted; nothing half-written was left", INTERRUPTED)
+
+    @staticmethod
+    def _fail(message: str, code: int) -> None:
+        click.echo(f"sctconv: {' '.join(message.split())}", err=True)
+        sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="sctconv")
+def main() -> None:
+    """Language models whose linear layers are truncated SVD factors, W = U diag(s) V^T."""
+    # a terminated run cleans up like an interrupted one
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+for command in (convert, inspect, verify, evaluate, generate):
+    main.add_command(command)

@@ -1,0 +1,54 @@
+"""What the commands share: how they print, and a progress bar at the edge."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+DTYPE = click.Choice(["bfloat16", "float16", "float32"])
+
+
+def print_json(item: Any) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(item, indent=2, ensure_ascii=False))
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: `512 B`, `98.4 MB`, `1.30 GB` (powers of ten, as disks and the Hub count)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def count(number: float) -> str:
+    """A number of parameters for people: `134.5M`."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.4g}{unit}"
+    return f"{number:.0f}"
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar in per cent on stderr with an estimate of the time left; nothing where stderr is no terminal.
+
+    Yields a function of work done, whole work and a word on what is being done.
+    """
+    from tqdm import tqdm
+
+    style = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}"
+    with tqdm(
+        total=1.0, desc=what, bar_format=style, disable=True if quiet else None, file=sys.stderr, leave=False
+    ) as bar:
+
+        def update(done: float, total: float, doing: str) -> None:
+            bar.set_postfix_str(doing, refresh=False)
+            bar.update(done / total - bar.n if total else 0.0)
+
+        yield update

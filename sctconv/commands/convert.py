@@ -1,0 +1,137 @@
+"""`sctconv convert`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import DTYPE, count, print_json, progress_bar, size
+
+if TYPE_CHECKING:
+    from sctconv.convert.pipeline import ConvertReport
+    from sctconv.convert.plan import Plan
+
+
+@click.command(short_help="Make a .sct file of a dense checkpoint.")
+@click.argument("source")
+@click.option("-o", "--output", metavar="OUT.sct", help="File to write.  [default: NAME-r128.sct here]")
+@click.option("--rank", type=int, metavar="K", help="Rank of every factored layer.")
+@click.option("--energy", type=float, metavar="E", help="Least rank that keeps this share of the squared norm.")
+@click.option("--ratio", type=float, metavar="R", help="Share of its parameters that each layer keeps.")
+@click.option(
+    "--modules", default="mlp", show_default=True, metavar="mlp|attention|all|REGEX", help="Layers to factor."
+)
+@click.option("--dtype", type=DTYPE, help="Store every floating tensor so.  [default: as in the source]")
+@click.option("--device", default="cpu", show_default=True, help="Where the SVDs run, e.g. cuda.")
+@click.option("--low-disk", is_flag=True, help="From the Hub: keep one shard on the disk at a time.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.sct if it exists.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the size, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def convert(
+    source: str,
+    output: str | None,
+    rank: int | None,
+    energy: float | None,
+    ratio: float | None,
+    modules: str,
+    dtype: str | None,
+    device: str,
+    low_disk: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Factor the linear layers of a dense checkpoint by truncated SVD and write one .sct file.
+
+    SOURCE is a Hugging Face directory (safetensors or torch .bin), a GGUF file, or ORG/NAME[@REVISION] on the Hub.
+    Give one of --rank, --energy, --ratio. A layer that factors would not shrink stays dense.
+    """
+    from sctconv.convert.options import ConvertOptions
+
+    options = ConvertOptions(rank, energy, ratio, modules, dtype, device)
+    if dry_run:
+        from sctconv.convert.plan import make_plan
+        from sctconv.sources import open_source
+        from sctconv.sources.weights import DenseModel
+
+        plan = make_plan(DenseModel(open_source(source, low_disk=low_disk)), options)
+        print_json(_plan_json(plan)) if as_json else _print_plan(plan)
+        return
+
+    from sctconv.convert.pipeline import convert as run
+
+    with progress_bar("converting", quiet=as_json) as progress:
+        report = run(source, output, options, overwrite=overwrite, low_disk=low_disk, progress=progress)
+    print_json(_report_json(report)) if as_json else _print_report(report)
+
+
+def _report_json(report: ConvertReport) -> dict[str, object]:
+    return {
+        "output": report.output,
+        "bytes": report.bytes,
+        "dense_bytes": report.dense_bytes,
+        "parameters": report.parameters,
+        "dense_parameters": report.dense_parameters,
+        "layers": [record.to_json() for record in report.layers],
+        "dense_layers": [
+            {"name": layer.name, "out": layer.out, "in": layer.in_, "reason": layer.reason} for layer in report.dense
+        ],
+        "unused_tensors": report.unused,
+        "seconds": report.seconds,
+        "peak_rss_bytes": report.peak_rss_bytes,
+    }
+
+
+def _print_report(report: ConvertReport) -> None:
+    names = [record.name for record in report.layers] + [layer.name for layer in report.dense]
+    width = max(map(len, names), default=5)
+    click.echo(f"{'layer':<{width}}  {'out x in':>14}  {'rank':>5}  {'energy kept':>11}  {'relative error':>14}")
+    for record in report.layers:
+        shape = f"{record.out} x {record.in_}"
+        click.echo(
+            f"{record.name:<{width}}  {shape:>14}  {record.rank:>5}  {record.energy:>11.4f}  {record.error:>14.4f}"
+        )
+    for layer in report.dense:
+        click.echo(f"{layer.name:<{width}}  {f'{layer.out} x {layer.in_}':>14}  dense  {layer.reason}")
+    if report.unused:
+        click.echo(
+            f"{len(report.unused)} tensors that the model does not use were copied: {', '.join(report.unused[:5])}"
+        )
+    click.echo(
+        f"\n{report.output}: {size(report.bytes)}, {count(report.parameters)} parameters "
+        f"(dense {size(report.dense_bytes)}, {count(report.dense_parameters)}); "
+        f"{len(report.layers)} layers factored, {len(report.dense)} selected layers left dense"
+    )
+    peak = f", peak memory {size(report.peak_rss_bytes)}" if report.peak_rss_bytes else ""
+    click.echo(f"{report.seconds:.1f} s{peak}")
+    click.echo(
+        "Truncation without data costs quality, often all of it; measure it: "
+        f"sctconv evaluate {report.output} --text FILE.txt"
+    )
+
+
+def _plan_json(plan: Plan) -> dict[str, object]:
+    return {
+        "layers": [
+            {"name": layer.name, "out": layer.out, "in": layer.in_, "rank": layer.rank, "reason": layer.reason}
+            for layer in plan.layers.values()
+        ],
+        "bytes": plan.bytes,
+        "dense_bytes": plan.dense_bytes,
+        "parameters": plan.parameters,
+        "dense_parameters": plan.dense_parameters,
+    }
+
+
+def _print_plan(plan: Plan) -> None:
+    width = max(len(layer.name) for layer in plan.layers.values())
+    for layer in plan.layers.values():
+        verdict = f"dense  {layer.reason}" if layer.reason else f"rank {layer.rank or 'by energy'}"
+        click.echo(f"{layer.name:<{width}}  {f'{layer.out} x {layer.in_}':>14}  {verdict}")
+    click.echo(
+        f"\nwould write {size(plan.bytes)}, {count(plan.parameters)} parameters "
+        f"(dense {size(plan.dense_bytes)}, {count(plan.dense_parameters)}); nothing was written"
+    )
+    if any(layer.rank is None and layer.reason is None for layer in plan.layers.values()):
+        click.echo("ranks by energy are known only after the SVD; their layers are counted as dense here")

@@ -1,0 +1,192 @@
+"""Which layers are factored, at which rank, and what the file will take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from sctconv.errors import OptionError
+from sctconv.formats.checkpoint import TensorInfo
+from sctconv.formats.dtypes import FLOATS, numpy_dtype
+from sctconv.runtime.skeleton import linear_layers
+from sctconv.sources.weights import DenseModel
+
+from .options import GROUPS, STORAGE_DTYPES, ConvertOptions
+
+_ATTENTION: Final = re.compile(r"attn|attention", re.IGNORECASE)
+_OTHER: Final = re.compile(r"mixer|mamba|ssm|rnn|recurrent", re.IGNORECASE)
+_ROUTER: Final = re.compile(r"(?:shared_expert_)?gate|router", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A selected linear layer W (out, in).
+
+    Attributes:
+        rank: the rank it is factored at; None if it stays dense, or while energy is to decide.
+        reason: why it stays dense; None if it is factored.
+        transposed: whether the checkpoint stores W^T (GPT-2's Conv1D).
+    """
+
+    name: str
+    out: int
+    in_: int
+    bias: bool
+    transposed: bool
+    rank: int | None = None
+    reason: str | None = None
+
+    @property
+    def largest_useful_rank(self) -> int:
+        """The largest k with k (out + in + 1) < out * in; 0 if there is none."""
+        return (self.out * self.in_ - 1) // (self.out + self.in_ + 1)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of W as planned."""
+        return self.rank * (self.out + self.in_ + 1) if self.rank else self.out * self.in_
+
+    def with_rank(self, rank: int, *, must_shrink: bool = True) -> LayerPlan:
+        """The same layer factored at this rank, or dense with the reason where that would not shrink it."""
+        if rank > min(self.out, self.in_):
+            return replace(self, reason=f"rank {rank} is beyond min({self.out}, {self.in_})")
+        if must_shrink and rank > self.largest_useful_rank:
+            return replace(self, reason=f"rank {rank} would not shrink it (up to {self.largest_useful_rank} would)")
+        return replace(self, rank=rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        layers: the selected layers by the name of their weight, in the model's order.
+        tensors: every tensor of the checkpoint.
+        dtype: on-disk dtype for floating tensors; None for their own.
+    """
+
+    layers: dict[str, LayerPlan]
+    tensors: dict[str, TensorInfo]
+    dtype: str | None
+
+    def stored_dtype(self, info: TensorInfo) -> str:
+        """The on-disk dtype of a tensor."""
+        return self.dtype if self.dtype and info.dtype in FLOATS else info.dtype
+
+    def factor_dtype(self, info: TensorInfo) -> str:
+        """The on-disk dtype of the factors of a weight: never wider than float32."""
+        return "F32" if self.stored_dtype(info) == "F64" else self.stored_dtype(info)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all tensors if nothing were factored, in the file's dtypes."""
+        return sum(self._bytes(info, info.size) for info in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors as planned; layers that energy is yet to decide count as dense."""
+        return sum(self._bytes(info, self._size(name, info)) for name, info in self.tensors.items())
+
+    @property
+    def dense_parameters(self) -> int:
+        """Entries of the checkpoint's tensors."""
+        return sum(info.size for info in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the tensors as planned."""
+        return sum(self._size(name, info) for name, info in self.tensors.items())
+
+    def _size(self, name: str, info: TensorInfo) -> int:
+        return self.layers[name].parameters if name in self.layers else info.size
+
+    def _bytes(self, info: TensorInfo, size: int) -> int:
+        return size * numpy_dtype(self.stored_dtype(info)).itemsize
+
+
+def make_plan(model: DenseModel, options: ConvertOptions, *, must_shrink: bool = True) -> Plan:
+    """Selects the layers and gives each its rank, where the options alone decide it.
+
+    Args:
+        model: the dense checkpoint.
+        options: what to select and how to choose ranks.
+        must_shrink: whether a layer stays dense where factors would take more; tests turn it off for the full rank.
+
+    Raises:
+        OptionError: nothing is selected, or nothing that is selected can be factored at this rank.
+    """
+    layers = {}
+    for layer in _select(model.skeleton, options.modules):
+        weight = f"{layer.name}.weight"
+        if reason := _must_stay(model, weight):
+            layer = replace(layer, reason=reason)
+        elif options.rank is not None:
+            layer = layer.with_rank(options.rank, must_shrink=must_shrink)
+        elif options.ratio is not None:
+            # as many parameters as the share allows, which always shrinks
+            layer = layer.with_rank(max(1, int(options.ratio * layer.out * layer.in_ / (layer.out + layer.in_ + 1))))
+        layers[weight] = layer
+    _check_rank(list(layers.values()), options)
+    dtype = STORAGE_DTYPES[options.dtype] if options.dtype else None
+    return Plan({name: layers[name] for name in model.tensors if name in layers}, dict(model.tensors), dtype)
+
+
+def _select(skeleton: Any, modules: str) -> Iterator[LayerPlan]:
+    shapes = linear_layers(skeleton)
+    if modules in GROUPS:
+        wanted = ("mlp", "attention") if modules == "all" else (modules,)
+        names = [name for name in shapes if _group(name) in wanted]
+        if not names:
+            raise OptionError(f"--modules {modules}: a {skeleton.config.model_type} has no such linear layers")
+    else:
+        names = [name for name in shapes if re.search(modules, name)]
+        if not names:
+            raise OptionError(
+                f"--modules {modules!r}: matches none of the {len(shapes)} linear layers, {next(iter(shapes), '')} for example"
+            )
+    for name in names:
+        shape = shapes[name]
+        yield LayerPlan(name, shape.out, shape.in_, shape.bias, shape.transposed)
+
+
+def _group(name: str) -> str | None:
+    """`mlp` or `attention` for a linear layer of a decoder block, None for any other.
+
+    A block is an element of a module list, so its path has a number; what follows tells attention from the rest.
+    """
+    match = re.search(r"\.\d+\.(.+)$", f".{name}")
+    if match is None or _OTHER.search(match[1]) or _ROUTER.fullmatch(name.rpartition(".")[2]):
+        return None
+    return "attention" if _ATTENTION.search(match[1]) else "mlp"
+
+
+def _must_stay(model: DenseModel, weight: str) -> str | None:
+    tied = model.skeleton.all_tied_weights_keys
+    for target, origin in tied.items():
+        if weight in (target, origin):
+            return f"tied to {origin if weight == target else target}"
+    if weight not in model.tensors:
+        return "not in the checkpoint"
+    dtype = model.tensors[weight].dtype
+    return None if dtype in FLOATS else f"stored as {dtype}"
+
+
+def _check_rank(layers: list[LayerPlan], options: ConvertOptions) -> None:
+    free = [layer for layer in layers if layer.reason is None]
+    if free:
+        return
+    if options.rank is None:
+        raise OptionError(
+            f"--modules {options.modules}: none of the {len(layers)} layers can be factored: {layers[0].reason}"
+        )
+    limit = max(min(layer.out, layer.in_) for layer in layers)
+    if options.rank > limit:
+        raise OptionError(
+            f"--rank {options.rank}: beyond min(out, in) of every selected layer; the largest has {limit}"
+        )
+    useful = max(layer.largest_useful_rank for layer in layers)
+    raise OptionError(
+        f"--rank {options.rank}: would shrink none of the {len(layers)} selected layers; the largest rank that does is {useful}"
+    )
