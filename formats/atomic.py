@@ -31,21 +31,23 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     target = Path(path)
     check_target(target, overwrite=overwrite)
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise output_error(target, error) from error
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask())
         check_target(target, overwrite=overwrite)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException as error:
-        _remove(temporary)
-        # An operation on an open file carries no name; one with a name failed on some other file, not on the target.
-        if isinstance(error, OSError) and error.filename is None:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # An operation on an open file carries no name; one with another name failed on some other file.
+        if isinstance(error, OSError) and (error.filename is None or Path(error.filename) == temporary):
             raise output_error(target, error) from error
         raise
     _fsync_directory(target.parent)
@@ -58,11 +60,15 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         OutputError: `target` is a directory, its directory is missing or read-only, or it exists and may not be
             replaced.
     """
-    if target.is_dir():
+    try:
+        is_directory, has_parent, exists = target.is_dir(), target.parent.is_dir(), target.exists()
+    except OSError as error:  # a name too long, a directory above that may not be entered
+        raise output_error(target, error) from error
+    if is_directory:
         raise OutputError(f"{target}: is a directory; name a file")
-    if not target.parent.is_dir():
+    if not has_parent:
         raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
-    if target.exists() and not overwrite:
+    if exists and not overwrite:
         raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
     if not os.access(target.parent, os.W_OK):
         raise OutputError(f"{target}: no permission to write in {target.parent}")
@@ -81,11 +87,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
 
 
 def _fsync_directory(path: Path) -> None:

@@ -47,7 +47,7 @@ def numpy_dtype(name: str) -> np.dtype:
     try:
         return DTYPES[name]
     except KeyError:
-        raise DTypeError(f"unknown dtype {name!r}; this version knows {', '.join(DTYPES)}") from None
+        raise DTypeError(f"unknown dtype {name!r:.40}; this version knows {', '.join(DTYPES)}") from None
 
 
 def dtype_name(dtype: np.dtype) -> str:

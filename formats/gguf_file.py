@@ -10,9 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard
+from .dtypes import numpy_dtype
 from .errors import CorruptShardError, TruncatedShardError, UnsupportedCheckpointError
 
-_PLAIN: Final = {"F32": "F32", "F16": "F16", "F64": "F64", "I8": "I8", "I16": "I16", "I32": "I32"}
+_PLAIN: Final = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8"})  # GGUF calls them as we do
 
 
 class GgufTensors:
@@ -29,25 +30,30 @@ class GgufTensors:
     """
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path: Final = path
         size = check_shard(path, magic=b"GGUF")
         try:
-            self._reader = GGUFReader(path)
+            self._reader = _open(path)
+        except EOFError as error:
+            raise TruncatedShardError(f"{path}: cut after {size} bytes ({error}); download it again") from None
         except Exception as error:  # its parser raises whatever numpy or struct did; it has no error class of its own
-            raise TruncatedShardError(
-                f"{path}: not a whole GGUF file ({size} bytes; {str(error)[:120]}); download it again"
-            ) from None
-        if (self.field("split.count") or 1) > 1:
-            raise UnsupportedCheckpointError(f"{path}: one part of a split GGUF; join them with `llama-gguf-split --merge`")
+            reason = " ".join(str(error).split())[:120]
+            if "GGMLQuantizationType" in reason:
+                raise UnsupportedCheckpointError(f"{path}: a tensor of unknown type ({reason}); update gguf") from None
+            raise CorruptShardError(f"{path}: damaged ({reason}); download it again") from None
+        if self._reader.byte_order != "I":
+            raise UnsupportedCheckpointError(f"{path}: of the other byte order; convert it with `gguf-convert-endian`")
+        if self.field("split.count") not in (None, 0, 1):
+            raise UnsupportedCheckpointError(
+                f"{path}: one part of a split GGUF; join them with `llama-gguf-split --merge`"
+            )
         self._items = {str(item.name): item for item in self._reader.tensors}
-        if len(self._items) != len(self._reader.tensors):
-            raise CorruptShardError(f"{path}: a tensor name stands twice; the file is damaged")
-        self.tensors: Final = {
-            name: TensorInfo(_PLAIN.get(item.tensor_type.name, "F32"), tuple(int(n) for n in reversed(item.shape)), path)
-            for name, item in self._items.items()
-        }
+        self.tensors: Final = {name: self._info(item) for name, item in self._items.items()}
+
+    def _info(self, item: Any) -> TensorInfo:
+        kind = item.tensor_type.name
+        shape = tuple(int(size) for size in reversed(item.shape))
+        return TensorInfo(kind if kind in _PLAIN else "F32", shape, self.path)
 
     def field(self, key: str) -> Any:
         """A metadata value, or None where the file does not have it."""
@@ -72,16 +78,38 @@ class GgufTensors:
 
         item, info = self._items[name], self.tensors[name]
         kind = item.tensor_type
+        if not info.size:
+            yield np.empty(0, numpy_dtype(info.dtype))
+            return
         rows = item.data.reshape(-1, item.data.shape[-1])  # a view; what is used is its shape
-        step = max(1, CHUNK_BYTES // max(1, info.size // len(rows) * 4))
+        step = max(1, CHUNK_BYTES // (info.size // len(rows) * numpy_dtype(info.dtype).itemsize))
         with self.path.open("rb") as file:  # not through the reader's mapping, whose pages would stay resident
             file.seek(item.data_offset)
             for start in range(0, len(rows), step):
                 count = min(step, len(rows) - start) * rows.shape[1]
-                piece = np.fromfile(file, rows.dtype, count).reshape(-1, rows.shape[1])
+                piece = np.fromfile(file, rows.dtype, count)
+                if piece.size != count:
+                    raise TruncatedShardError(f"{self.path}: ends within a tensor; it was cut while it was being read")
+                piece = piece.reshape(-1, rows.shape[1])
                 try:
                     yield (piece if kind.name in _PLAIN else dequantize(piece, kind)).reshape(-1)
                 except NotImplementedError:
                     raise UnsupportedCheckpointError(
                         f"{self.path}: tensor {name} is {kind.name}, which cannot be dequantised"
                     ) from None
+
+
+def _open(path: Path) -> Any:
+    """A `GGUFReader` that does not read past the end.
+
+    The library's own gives an empty array there, and so walks an array of 2^60 entries until the memory is full.
+    """
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise EOFError(f"{int(count)} values at {offset} lie past its end")
+            return super()._get(offset, dtype, count, *more, **named)
+
+    return Reader(path)

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from .dtypes import numpy_dtype
+from .dtypes import FLOATS, numpy_dtype
 from .errors import (
     BlobBoundsError,
     BlobLayoutError,
+    DTypeError,
     DuplicateNameError,
     FeatureError,
     ForbiddenNameError,
@@ -47,12 +48,15 @@ MAX_INDEX_BYTES: Final = 64 << 20
 MAX_ENTRIES: Final = 1 << 18  # tensors, layers or files in one index
 MAX_DIMENSIONS: Final = 8
 MAX_NAME_BYTES: Final = 1024
+MAX_NESTING: Final = 64  # of objects and lists in the index
 MAX_BYTES: Final = 1 << 60  # of a file, and so of anything in it
 
 _HEAD: Final = struct.Struct("<8sHHIQ40s")
 _TAIL: Final = struct.Struct("<QQ32s8s8s")
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _HEX: Final = re.compile(r"[0-9a-f]+")
+_UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")  # its JSON escape
 
 
 def align(offset: int) -> int:
@@ -118,7 +122,7 @@ class Tail:
             raise LimitError(f"the index has {nbytes} bytes; at most {MAX_INDEX_BYTES} are allowed")
         if offset < HEAD_BYTES or offset + nbytes + TAIL_BYTES != committed:
             raise TailError(
-                f"the tail puts the index at {offset}+{nbytes}, which does not meet the tail at {committed - TAIL_BYTES}"
+                f"the tail puts the index at {offset}+{nbytes}, but it should end at {committed - TAIL_BYTES}"
             )
         return Tail(offset, nbytes, sha256)
 
@@ -141,8 +145,8 @@ class TensorEntry:
 
     @staticmethod
     def from_json(item: Any) -> TensorEntry:
-        take = _Take(item, "tensor")
-        name = check_name(take("name", str))
+        take = _Take(item, "a tensor entry")
+        name = take.name("tensor", check_name)
         dtype = take("dtype", str)
         shape = tuple(take("shape", list))
         if len(shape) > MAX_DIMENSIONS:
@@ -150,7 +154,14 @@ class TensorEntry:
         if not all(type(size) is int and 0 <= size <= MAX_BYTES for size in shape):
             raise ShapeError(f"tensor {name}: shape {list(shape)!r:.200} is not a list of sizes")
         offset, nbytes = take("offset", int), take("nbytes", int)
-        expected = math.prod(shape) * numpy_dtype(dtype).itemsize
+        try:
+            itemsize = numpy_dtype(dtype).itemsize
+        except DTypeError as error:
+            raise DTypeError(f"tensor {name}: {error}") from None
+        # an array library multiplies the other sizes even where one is 0
+        if math.prod(size or 1 for size in shape) * itemsize > MAX_BYTES:
+            raise ShapeError(f"tensor {name}: shape {list(shape)} of {dtype} is over {MAX_BYTES} bytes")
+        expected = math.prod(shape) * itemsize
         if nbytes != expected:
             raise ShapeError(f"tensor {name}: {nbytes} bytes, but {list(shape)} of {dtype} takes {expected}")
         return TensorEntry(name, dtype, shape, offset, nbytes, take.hex("xxh3", 16), take.rest())
@@ -166,7 +177,7 @@ class LayerRecord:
         energy: ||U diag(s) V^T||_F^2 / ||W||_F^2 of the truncation, in [0, 1]; None if unknown.
         error: ||W - U diag(s) V^T||_F / ||W||_F, measured in float64; None if unknown.
         bias: the tensor that holds the bias (out,), or None.
-        dtype: dtype of U and V.
+        dtype: dtype of U and V, one of `FLOATS`.
     """
 
     name: str
@@ -185,19 +196,23 @@ class LayerRecord:
 
     @staticmethod
     def from_json(item: Any) -> LayerRecord:
-        take = _Take(item, "layer")
-        name = check_name(take("name", str))
+        take = _Take(item, "a layer entry")
+        name = take.name("layer", check_name)
         bias = take("bias", (str, type(None)))
-        numbers = []
+        if bias is not None:
+            check_name(bias)
+        numbers: list[float | None] = []
         for key, most in (("energy", 1.0), ("error", math.inf)):
             number = take(key, (int, float, type(None)))
             if number is not None and not 0.0 <= number <= most:
                 raise LayerError(f"layer {name}: {key} {number} is out of range")
             numbers.append(None if number is None else float(number))
-        sizes = [take(key, int) for key in ("out", "in", "rank")]
-        if not 1 <= sizes[2] <= min(sizes[0], sizes[1]):
-            raise LayerError(f"layer {name}: rank {sizes[2]} does not fit a layer of {sizes[0]} x {sizes[1]}")
-        return LayerRecord(name, *sizes, *numbers, bias, take("dtype", str), take.rest())
+        out, in_, rank = (take(key, int) for key in ("out", "in", "rank"))
+        if not 1 <= rank <= min(out, in_):
+            raise LayerError(f"layer {name}: rank {rank} does not fit a layer of {out} x {in_}")
+        if (dtype := take("dtype", str)) not in FLOATS:
+            raise LayerError(f"layer {name}: factors of dtype {dtype!r:.40}; they may be {', '.join(sorted(FLOATS))}")
+        return LayerRecord(name, out, in_, rank, numbers[0], numbers[1], bias, dtype, take.rest())
 
     @property
     def factors(self) -> dict[str, tuple[int, ...]]:
@@ -240,8 +255,8 @@ class FileEntry:
 
     @staticmethod
     def from_json(item: Any) -> FileEntry:
-        take = _Take(item, "file")
-        name = check_file_name(take("name", str))
+        take = _Take(item, "a file entry")
+        name = take.name("file", check_file_name)
         return FileEntry(name, take("offset", int), take("nbytes", int), take.hex("sha256", 64), take.rest())
 
 
@@ -259,6 +274,11 @@ class Index:
     complete: bool = True
     required_features: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def blobs(self) -> list[Blob]:
+        """The blobs of all tensors and embedded files."""
+        return [*self.tensors.values(), *self.files.values()]
 
     def pack(self) -> bytes:
         """Canonical JSON: keys sorted, no white space, UTF-8, no NaN."""
@@ -281,50 +301,75 @@ class Index:
             FormatError: the subclass for the first rule of SPEC.md that the index breaks.
         """
         if hashlib.sha256(data).digest() != tail.index_sha256:
-            raise IndexChecksumError("the index does not match its sha256; the file is corrupt; fetch or convert it again")
+            raise IndexChecksumError(
+                "the index does not match its sha256; the file is damaged; fetch or convert it again"
+            )
         item = parse_json(data)
-        take = _Take(item, "index")
+        take = _Take(item, "the index")
         features = take("required_features", list)
         if not all(isinstance(name, str) for name in features):
             raise IndexSchemaError("'required_features' is not a list of names")
         if missing := [name for name in features if name not in FEATURES]:
-            raise FeatureError(f"the file needs {', '.join(map(repr, missing))}, which this version lacks; update sctconv")
+            names = f"{', '.join(map(repr, missing[:3])):.200}"
+            raise FeatureError(
+                f"the file needs {len(missing)} features unknown to this version ({names}); update sctconv"
+            )
         tensors = _by_name("tensor", take("tensors", list), TensorEntry.from_json)
         layers = _by_name("layer", take("layers", list), LayerRecord.from_json)
         files = _by_name("file", take("files", list), FileEntry.from_json)
         metadata, complete = take("metadata", dict), take("complete", bool)
-        _check_blobs([*tensors.values(), *files.values()], tail.index_offset)
+        index = Index(tensors, layers, files, metadata, complete, tuple(features), take.rest())
+        _check_blobs(index.blobs, tail.index_offset, holes=not complete)
         for record in layers.values():
             record.check(tensors)
-        return Index(tensors, layers, files, metadata, complete, tuple(features), take.rest())
+        return index
 
 
 def canonical_json(item: Any) -> bytes:
-    """JSON with sorted keys, no white space, UTF-8, no NaN or infinity: the same object gives the same bytes."""
-    return json.dumps(item, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """JSON with sorted keys, no white space, UTF-8, no NaN or infinity: the same object gives the same bytes.
+
+    Raises:
+        IndexSyntaxError: it holds what such JSON cannot: NaN, infinity or a lone surrogate.
+    """
+    try:
+        return json.dumps(item, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise IndexSyntaxError(f"not to be written as JSON ({str(error)[:200]})") from None
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON strictly: no duplicate keys, no NaN, no overlong numbers, nesting within Python's own limit.
+    """Parses JSON strictly, so that every reader sees the same and all of it can be written again.
 
     Raises:
-        IndexSyntaxError: it is not such JSON.
+        IndexSyntaxError: it is not JSON in UTF-8, a key stands twice in an object, a number is NaN, infinite or an
+            integer beyond 64 bits, or a string holds a lone surrogate.
+        LimitError: it is nested deeper than `MAX_NESTING`.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        item = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_finite,
+        )
+        _check_nesting(item)
+        if _SURROGATE.search(data):
+            json.dumps(item, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise IndexSyntaxError("the index is nested too deeply") from None
-    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError and integers beyond Python's digit limit
+        raise LimitError(f"the index is nested deeper than {MAX_NESTING} levels") from None
+    except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
         raise IndexSyntaxError(f"the index is not valid JSON ({str(error)[:200]})") from None
+    return item
 
 
 def check_name(name: str) -> str:
     """Returns `name` if a tensor or layer may have it: 1 to 1024 bytes of UTF-8 without control characters.
 
     Raises:
-        LimitError: too long. ForbiddenNameError: empty, a control character or a lone surrogate.
+        LimitError: too long. ForbiddenNameError: empty, a control character, line separator or lone surrogate.
     """
-    if not name or any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) < 0xE000 for char in name[:2048]):
+    if not name or _UNPRINTABLE.search(name, 0, MAX_NAME_BYTES):
         raise ForbiddenNameError(f"the name {name[:80]!r} is empty or holds a control character")
     if len(name) > MAX_NAME_BYTES or len(name.encode()) > MAX_NAME_BYTES:
         raise LimitError(f"the name {name[:40]!r}... is over {MAX_NAME_BYTES} bytes")
@@ -353,12 +398,34 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
 
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 64:
+        raise ValueError(f"the integer {text[:24]} is beyond 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:24]} is beyond float64")
+    return value
+
+
+def _check_nesting(item: Any) -> None:
+    level = [item]
+    for _ in range(MAX_NESTING + 1):
+        level = [part for part in level if isinstance(part, (dict, list))]
+        if not level:
+            return
+        level = [value for part in level for value in (part.values() if isinstance(part, dict) else part)]
+    raise LimitError(f"the index is nested deeper than {MAX_NESTING} levels")
+
+
 class _Take:
     """Takes typed values out of a JSON object; what is left over is unknown and kept."""
 
     def __init__(self, item: Any, what: str) -> None:
         if not isinstance(item, dict):
-            raise IndexSchemaError(f"a {what} entry is {type(item).__name__}, not an object")
+            raise IndexSchemaError(f"{what} is {type(item).__name__}, not an object")
         self._item: dict[str, Any] = dict(item)
         self._what = what
 
@@ -366,16 +433,22 @@ class _Take:
         try:
             value = self._item.pop(key)
         except KeyError:
-            raise IndexSchemaError(f"a {self._what} entry lacks {key!r}") from None
+            raise IndexSchemaError(f"{self._what} lacks {key!r}") from None
         # bool is an int in Python, not in JSON
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise IndexSchemaError(f"{key!r} of a {self._what} entry is {type(value).__name__}")
+            raise IndexSchemaError(f"{key!r} of {self._what} is {type(value).__name__}")
         return value
+
+    def name(self, kind: str, check: Callable[[str], str]) -> str:
+        """Takes the name, by which later errors call the entry."""
+        name = check(self("name", str))
+        self._what = f"the {kind} {name}"
+        return name
 
     def hex(self, key: str, digits: int) -> str:
         value: str = self(key, str)
         if len(value) != digits or not _HEX.fullmatch(value):
-            raise IndexSchemaError(f"{key!r} of a {self._what} entry is not {digits} hex digits")
+            raise IndexSchemaError(f"{key!r} of {self._what} is not {digits} lower-case hex digits")
         return value
 
     def rest(self) -> dict[str, Any]:
@@ -397,8 +470,11 @@ def _by_name(what: str, items: list[Any], parse: Callable[[Any], T]) -> dict[str
     return entries
 
 
-def _check_blobs(blobs: Iterable[Blob], index_offset: int) -> None:
-    """Blobs lie one after another from the head to the index, each aligned; tensors of equal content may share one."""
+def _check_blobs(blobs: Iterable[Blob], index_offset: int, *, holes: bool) -> None:
+    """Blobs lie one after another from the head to the index, each aligned; tensors of equal content may share one.
+
+    In an unfinished file, `holes` between them may hold indexes that a later one has replaced.
+    """
     end = HEAD_BYTES
     previous: Blob | None = None
     for blob in sorted(blobs, key=lambda blob: (blob.offset, blob.nbytes)):
@@ -408,11 +484,11 @@ def _check_blobs(blobs: Iterable[Blob], index_offset: int) -> None:
             raise BlobBoundsError(f"{blob.name}: its blob ends at {blob.offset + blob.nbytes}, past {index_offset}")
         if previous is not None and _shared(blob, previous):
             continue
-        if blob.offset != align(end):
+        if blob.offset < end or (blob.offset != align(end) and not holes):
             fault = "overlaps" if blob.offset < end else "leaves a hole after"
             raise BlobLayoutError(f"{blob.name}: its blob at {blob.offset} {fault} the one that ends at {end}")
         end, previous = blob.offset + blob.nbytes, blob
-    if align(end) != index_offset:
+    if align(end) != index_offset and not holes:
         raise BlobLayoutError(f"the blobs end at {end}, but the index begins at {index_offset}")
 
 

@@ -24,7 +24,7 @@ from .errors import (
     TrailingDataError,
     TruncatedError,
 )
-from .layout import HEAD_BYTES, MAGIC, TAIL_BYTES, Blob, FileEntry, Head, Index, Tail, TensorEntry
+from .layout import HEAD_BYTES, MAGIC, TAIL_BYTES, Blob, FileEntry, Head, Index, Tail, TensorEntry, align
 
 CHUNK_BYTES: Final = 16 << 20
 """How much is read at a time where a whole blob is walked: its pages are given back after each piece."""
@@ -55,11 +55,14 @@ class SctFile:
         try:
             self.nbytes: Final = os.fstat(self._file.fileno()).st_size
             self.head: Final = self._read_head()
-            self.tail: Final = Tail.unpack(self._pread(self.head.committed - TAIL_BYTES, TAIL_BYTES), self.head.committed)
+            end = self.head.committed
+            self.tail: Final = Tail.unpack(self._pread(end - TAIL_BYTES, TAIL_BYTES), end)
             data = self._pread(self.tail.index_offset, self.tail.index_nbytes)
             self.index: Final = Index.unpack(data, self.tail)
             if not self.index.complete and not allow_incomplete:
                 raise IncompleteError("the conversion was not finished; convert again")
+            if self.index.complete and self.nbytes > end:
+                raise TrailingDataError(f"{self.nbytes - end} bytes follow its end at {end}; it is damaged")
         except FormatError as error:
             self._file.close()
             raise type(error)(f"{self.path}: {error}") from None
@@ -78,8 +81,6 @@ class SctFile:
             raise TruncatedError("nothing was ever committed to this file; convert again")
         if head.committed > self.nbytes:
             raise TruncatedError(f"cut: {self.nbytes} of {head.committed} bytes are there; fetch or convert it again")
-        if head.committed < self.nbytes:
-            raise TrailingDataError(f"{self.nbytes - head.committed} bytes follow its end at {head.committed}; corrupt")
         return head
 
     def _pread(self, offset: int, nbytes: int) -> bytes:
@@ -88,7 +89,7 @@ class SctFile:
         while len(data) < nbytes and (piece := self._file.read(nbytes - len(data))):
             data += piece
         if len(data) < nbytes:
-            raise TruncatedError(f"cut: it ends while {nbytes} bytes at {offset} are read")
+            raise TruncatedError(f"{self.path}: cut while it was open; {nbytes} bytes at {offset} are gone")
         return bytes(data)
 
     @cached_property
@@ -112,7 +113,11 @@ class SctFile:
             raise MissingEntryError(f"{self.path}: no tensor {name!r}; it has {len(self.index.tensors)}") from None
 
     def buffer(self, name: str) -> memoryview:
-        """The bytes of a tensor, without a copy. Writable, but what is written stays in this process."""
+        """The bytes of a tensor, without a copy. Writable, but what is written stays in this process.
+
+        Raises:
+            MissingEntryError: there is no such tensor.
+        """
         entry = self.entry(name)
         return memoryview(self._map)[entry.offset : entry.offset + entry.nbytes]
 
@@ -150,12 +155,23 @@ class SctFile:
         """
         is_tensor = isinstance(blob, TensorEntry)
         digest = xxhash.xxh3_64() if is_tensor else hashlib.sha256()
-        for piece in self._pieces(blob):
+        for piece in self.pieces(blob):
             digest.update(piece)
         if digest.hexdigest() != (blob.xxh3 if isinstance(blob, TensorEntry) else blob.sha256):
             raise self._damaged(blob)
 
-    def _pieces(self, blob: Blob) -> Iterator[bytes]:
+    def verify_padding(self) -> None:
+        """Checks that the bytes between blobs are zero: what remains when `verify` has held every blob.
+
+        Raises:
+            ChecksumError: they are not.
+        """
+        for end in sorted({blob.offset + blob.nbytes for blob in self.index.blobs}):
+            if any(self._pread(end, align(end) - end)):
+                raise ChecksumError(f"{self.path}: the padding at {end} is not zero; the file is damaged")
+
+    def pieces(self, blob: Blob) -> Iterator[bytes]:
+        """A blob's bytes, `CHUNK_BYTES` at a time; read, not mapped, so that no page stays resident."""
         for start in range(0, blob.nbytes, CHUNK_BYTES):
             yield self._pread(blob.offset + start, min(CHUNK_BYTES, blob.nbytes - start))
 
@@ -165,6 +181,7 @@ class SctFile:
 
     def close(self) -> None:
         """Closes the file. The mapping goes when the last view of it does."""
+        self.__dict__.pop("_map", None)
         self._file.close()
 
     def __enter__(self) -> SctFile:
@@ -191,6 +208,8 @@ def describe_content(data: bytes) -> str:
         return "an empty file"
     if data.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer; fetch the file itself with `git lfs pull`"
+    if data.startswith(MAGIC[:4]):
+        return "a .sct file damaged by a transfer in text mode; fetch it again in binary mode"
     if data.startswith(b"GGUF"):
         return "a GGUF file; `sctconv convert` makes a .sct of it"
     if data.startswith(b"PK\x03\x04"):

@@ -15,6 +15,10 @@ from safetensors import SafetensorError, safe_open
 from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard
 from .dtypes import DTYPES, numpy_dtype
 from .errors import CorruptShardError, MissingFileError, TruncatedShardError, UnsupportedCheckpointError
+from .reader import describe_content
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""safetensors' own limit."""
 
 
 class SafetensorsTensors:
@@ -66,7 +70,7 @@ class _Place:
 
 
 def _fill(file: Any, piece: np.ndarray) -> None:
-    view = memoryview(piece.view(np.uint8)).cast("B") if piece.size else memoryview(b"")
+    view = piece.view(np.uint8).data
     while view:
         count = file.readinto(view)
         if not count:
@@ -80,10 +84,12 @@ def _read_header(shard: Path) -> dict[str, _Place]:
     with shard.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if len(prefix) == 8 and length <= min(size - 8, 100 << 20):
-            header = file.read(length)
-        else:
-            raise TruncatedShardError(f"{shard}: cut or damaged ({size} bytes, a header of {length}); download it again")
+        if length > MAX_HEADER_BYTES:
+            found = describe_content(prefix + file.read(56))
+            raise CorruptShardError(f"{shard}: not a safetensors file, but {found}; download it again")
+        if len(prefix) < 8 or length > size - 8:
+            raise TruncatedShardError(f"{shard}: cut ({size} bytes, a header of {length}); download it again")
+        header = file.read(length)
     try:
         with safe_open(shard, framework="numpy"):
             pass
@@ -105,7 +111,7 @@ def _diagnose(shard: Path, size: int, length: int, header: bytes, error: Excepti
     try:
         items = json.loads(header)
         expected = 8 + length + max(item["data_offsets"][1] for name, item in items.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return CorruptShardError(f"{shard}: not a safetensors file ({str(error)[:120]}); download it again")
     if expected > size:
         return TruncatedShardError(f"{shard}: cut, {size} of {expected} bytes are there; download it again")
@@ -130,6 +136,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
             raise CorruptShardError(f"{index}: names the shard {file!r}, which is not a file beside it")
     if missing := [file for file in files if not (index.parent / file).exists()]:
         raise MissingFileError(
-            f"{index.parent}: {len(missing)} of {len(files)} shards are missing, the first {missing[0]}; download them"
+            f"{index.parent}: {len(missing)} of {len(files)} shards are missing, first {missing[0]!r}; download them"
         )
     return dict(weight_map)

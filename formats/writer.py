@@ -16,9 +16,8 @@ import xxhash
 
 from .atomic import atomic_file
 from .dtypes import dtype_name, numpy_dtype
-from .errors import DuplicateNameError, ShapeError
+from .errors import ChecksumError, DuplicateNameError, IncompleteError, ShapeError
 from .layout import (
-    HEAD_BYTES,
     TAIL_BYTES,
     FileEntry,
     Head,
@@ -84,7 +83,7 @@ class SctWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and not self._committed:
-            kind, error = _Abandoned, _Abandoned()
+            kind, error = _AbandonedError, _AbandonedError()
         self._stack.__exit__(kind, error, trace)
 
     @property
@@ -127,8 +126,8 @@ class SctWriter:
         for piece in data:
             for part in _bounded(piece):
                 raw = np.ascontiguousarray(part, dtype=target).reshape(-1).view(np.uint8)
-                digest.update(raw)
-                self._out.write(memoryview(raw))
+                digest.update(raw.data)
+                self._out.write(raw.data)
         nbytes = self._out.tell() - start
         if nbytes != int(np.prod(shape, dtype=object)) * target.itemsize:
             raise ShapeError(f"{self.path}: tensor {name}: {nbytes} bytes do not make {list(shape)} of {dtype}")
@@ -161,10 +160,10 @@ class SctWriter:
             self._out.seek(end)
 
     def add_layer(self, record: LayerRecord) -> None:
-        """Records a factored layer whose tensors have been written.
+        """Records a factored layer. Its tensors may be written before or after; `commit` holds it against them.
 
         Raises:
-            DuplicateNameError: the layer was recorded already. LayerError: its tensors are missing or misshapen.
+            DuplicateNameError: the layer was recorded already.
         """
         if record.name in self._layers:
             raise DuplicateNameError(f"{self.path}: the layer {record.name} was recorded already")
@@ -190,14 +189,12 @@ class SctWriter:
         Raises:
             FormatError: what was added does not make a valid file (a layer without its tensors, say).
         """
-        for record in self._layers.values():
-            record.check(self._tensors)
         offset = self._pad()
         index = Index(self._tensors, self._layers, self._files, self.metadata, extra=self._extra)
         data = index.pack()
         tail = Tail(offset, len(data), hashlib.sha256(data).digest())
         committed = offset + len(data) + TAIL_BYTES
-        Index.unpack(data, tail)  # a writer must not write what its own reader refuses
+        Index.unpack(data, Tail.unpack(tail.pack(), committed))  # never write what the reader refuses
         self._out.write(data)
         self._out.write(tail.pack())
         self._out.seek(0)
@@ -206,6 +203,7 @@ class SctWriter:
         self._committed = True
 
     def _pad(self) -> int:
+        assert not self._committed, "nothing can be added after commit"
         position = self._out.tell()
         self._out.write(bytes(align(position) - position))
         return align(position)
@@ -227,11 +225,22 @@ def rewrite(
         metadata: replaces keys of the metadata.
         files: replaces or adds embedded files.
         overwrite: whether a file that stands at `path` may be replaced.
+
+    Raises:
+        ChecksumError: a tensor or file of the source is damaged. IncompleteError: the source was not finished.
+        OutputError: the target exists, cannot be written, or the disk is full.
     """
     index = source.index
-    with SctWriter(path, overwrite=overwrite, metadata={**index.metadata, **(metadata or {})}, extra=index.extra) as out:
+    if not index.complete:
+        raise IncompleteError(f"{source.path}: the conversion was not finished; convert again")
+    merged = {**index.metadata, **(metadata or {})}
+    with SctWriter(path, overwrite=overwrite, metadata=merged, extra=index.extra) as out:
         for entry in index.tensors.values():
-            out.add_tensor(entry.name, source.tensor(entry.name), extra=entry.extra)
+            dtype = numpy_dtype(entry.dtype)
+            pieces = (np.frombuffer(piece, dtype) for piece in source.pieces(entry))
+            copy = out.add_tensor(entry.name, pieces, dtype=entry.dtype, shape=entry.shape, extra=entry.extra)
+            if copy.xxh3 != entry.xxh3:  # or damage would be sealed with a fresh checksum
+                raise ChecksumError(f"{source.path}: the tensor {entry.name} does not match its checksum; damaged")
         for record in index.layers.values():
             out.add_layer(record)
         for name, file in index.files.items():
@@ -249,5 +258,5 @@ def _bounded(array: np.ndarray) -> Iterable[np.ndarray]:
     return (flat[start : start + step] for start in range(0, max(1, flat.size), step))
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Unwinds the atomic file of a writer that was left without a commit."""

@@ -8,6 +8,7 @@ computed by the constructor and stand in no checkpoint.
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ TOKENIZER_FILES: Final = (
     "chat_template.json",
 )
 """What may make up a tokenizer in a Hugging Face directory."""
+
+GENERIC_TOKENIZER: Final = "TokenizersBackend"
+"""The `tokenizer_class` of a tokenizer that is what its tokenizer.json says and nothing else."""
 
 
 class ModelError(SctError):
@@ -117,9 +121,17 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Any | None:
         return None
     with directory_of({name: files[name] for name in names}) as directory:
         try:
+            # AutoTokenizer overrules the class that the files name for some kinds of model
+            if _tokenizer_class(files) == GENERIC_TOKENIZER:
+                return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
             return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"the tokenizer cannot be loaded: {_line(error)}") from None
+
+
+def _tokenizer_class(files: Mapping[str, bytes]) -> str | None:
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    return settings.get("tokenizer_class") if isinstance(settings, dict) else None
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearShape]:

@@ -15,7 +15,7 @@ import transformers
 _SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
-    "intermediate_size": 80,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
@@ -25,8 +25,8 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True),
     "mistral": lambda: transformers.MistralConfig(**_SHAPE, sliding_window=16),
     "qwen2": lambda: transformers.Qwen2Config(**_SHAPE, tie_word_embeddings=True),
-    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=8),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, head_dim=128),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=16),
     "phi3": lambda: transformers.Phi3Config(**_SHAPE, pad_token_id=0),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZES, max_position_embeddings=128),

@@ -23,7 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.errors import CorruptShardError, UnsupportedCheckpointError
 from sctconv.formats.gguf_file import GgufTensors
-from sctconv.runtime.skeleton import build_skeleton, load_config
+from sctconv.runtime.skeleton import GENERIC_TOKENIZER, build_skeleton, load_config
 
 from .base import Source
 
@@ -117,7 +117,10 @@ def _small_files(path: Path, tensors: GgufTensors) -> dict[str, bytes]:
         (Path(directory) / "generation_config.json").write_text(
             json.dumps({key: value for key, value in generation.items() if value is not None}, indent=2)
         )
-        return {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir()) if file.is_file()}
+        files = {file.name: file.read_bytes() for file in sorted(Path(directory).iterdir()) if file.is_file()}
+    # a model's own tokenizer class would rebuild its pipeline from the vocabulary and ignore what tokenizer.json says
+    settings = json.loads(files["tokenizer_config.json"]) | {"tokenizer_class": GENERIC_TOKENIZER}
+    return files | {"tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode()}
 
 
 def _causal_class(config: Any) -> str:

@@ -1,0 +1,135 @@
+import builtins
+import gc
+
+import numpy as np
+import pytest
+
+from sctconv.formats import reader as reader_module
+from sctconv.formats.errors import MissingEntryError
+from sctconv.formats.reader import SctFile
+from sctconv.formats.writer import SctWriter
+
+
+class CountingFile:
+    """A raw file that counts the bytes that are read from it."""
+
+    def __init__(self, file):
+        self.file, self.count = file, 0
+
+    def read(self, size):
+        data = self.file.read(size)
+        self.count += len(data)
+        return data
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The files that the reader opens, as `CountingFile`s."""
+    files: list[CountingFile] = []
+
+    def open_(*args, **options):
+        files.append(CountingFile(builtins.open(*args, **options)))  # noqa: SIM115
+        return files[-1]
+
+    monkeypatch.setattr(reader_module, "open", open_, raising=False)
+    return files
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """10,000 tensors of 4 KiB."""
+    path = tmp_path_factory.mktemp("large") / "large.sct"
+    block = np.arange(1024, dtype="<i4")
+    with SctWriter(path) as writer:
+        for number in range(10_000):
+            block[0] = -number
+            writer.add_tensor(f"model.layers.{number}.weight", block)
+        writer.commit()
+    return path
+
+
+def test_opening_10000_tensors_reads_head_tail_and_index_alone(large, counted):
+    with SctFile(large) as file:
+        assert len(file.index.tensors) == 10_000
+        assert counted[0].count == 64 + 64 + file.tail.index_nbytes < file.nbytes / 10
+        for name in file.index.tensors:
+            assert file.tensor(name).shape == (1024,)
+        assert counted[0].count == 128 + file.tail.index_nbytes
+        file.verify(file.entry("model.layers.7.weight"))
+        assert counted[0].count == 128 + file.tail.index_nbytes + 4096
+        assert file.tensor("model.layers.9999.weight")[:3].tolist() == [-9999, 1, 2]
+
+
+def test_a_tensor_is_a_view_of_one_mapping(save, parts):
+    with SctFile(save(parts)) as file:
+        first, second = file.tensor("l.U"), file.tensor("l.U")
+        assert np.shares_memory(first, second)
+        assert np.shares_memory(file.tensor("tied"), file.tensor("tied too"))
+        whole = np.frombuffer(file.buffer("l.U").obj, np.uint8)
+        assert whole.size == file.nbytes and np.shares_memory(whole, first)
+
+
+def test_a_tensor_is_read_only(save, parts):
+    with SctFile(save(parts)) as file, pytest.raises(ValueError, match="read-only"):
+        file.tensor("l.U")[0, 0] = 1
+
+
+def test_writing_to_a_buffer_stays_in_the_process(save, parts):
+    path = save(parts)
+    with SctFile(path) as file:
+        buffer = file.buffer("l.s")
+        buffer[:] = bytes(8)
+        assert file.tensor("l.s").tolist() == [0, 0]
+        file.verify(file.entry("l.s"))  # what is on the disk
+    assert path.read_bytes() == parts.build()
+    with SctFile(path) as file:
+        assert file.tensor("l.s").tolist() == [3, 1]
+
+
+def test_a_view_outlives_the_file(save, parts):
+    file = SctFile(save(parts))
+    view, buffer = file.tensor("l.U"), file.buffer("l.s")
+    file.close()
+    del file
+    gc.collect()
+    assert view.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert np.frombuffer(buffer, "<f4").tolist() == [3, 1]
+
+
+def test_a_closed_file_gives_no_more_tensors(save, parts):
+    with SctFile(save(parts)) as file:
+        file.tensor("l.U")
+    with pytest.raises(ValueError, match="closed"):
+        file.tensor("l.U")
+    file.close()  # twice does no harm
+
+
+def test_a_refused_file_is_closed(save, parts, counted):
+    with pytest.raises(Exception, match="does not match its sha256"):
+        SctFile(save(parts, {"sha256": bytes(range(32))}))
+    assert counted[0].closed
+
+
+def test_what_is_not_there_is_named(save, parts):
+    path = save(parts)
+    with SctFile(path) as file:
+        for read in (file.entry, file.tensor, file.buffer):
+            with pytest.raises(MissingEntryError, match=r"model\.sct: no tensor 'lm_head'; it has 8"):
+                read("lm_head")
+        with pytest.raises(MissingEntryError, match=r"model\.sct: no embedded file 'tokenizer\.json'"):
+            file.file("tokenizer.json")
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1 << 20])
+def test_pieces_are_no_longer_than_asked(save, parts, monkeypatch, chunk):
+    monkeypatch.setattr(reader_module, "CHUNK_BYTES", chunk)
+    with SctFile(save(parts)) as file:
+        for entry in file.index.blobs:
+            pieces = list(file.pieces(entry))
+            assert all(0 < len(piece) <= chunk for piece in pieces)
+            assert sum(map(len, pieces)) == entry.nbytes
+            file.verify(entry)
+        assert b"".join(file.pieces(file.entry("l.U"))) == file.tensor("l.U").tobytes()
