@@ -174,19 +174,22 @@ def _must_stay(model: DenseModel, weight: str) -> str | None:
 
 
 def _check_rank(layers: list[LayerPlan], options: ConvertOptions) -> None:
-    free = [layer for layer in layers if layer.reason is None]
-    if free:
+    """Refuses a conversion that would factor nothing."""
+    if any(layer.reason is None for layer in layers):
         return
-    if options.rank is None:
+    candidates = [layer for layer in layers if layer.reason and layer.reason.startswith("rank ")]
+    if not candidates:
         raise OptionError(
-            f"--modules {options.modules}: none of the {len(layers)} layers can be factored: {layers[0].reason}"
+            f"--modules {options.modules}: none of the {len(layers)} layers can be factored; "
+            f"{layers[0].name} is {layers[0].reason}"
         )
-    limit = max(min(layer.out, layer.in_) for layer in layers)
-    if options.rank > limit:
+    limit = max(min(layer.out, layer.in_) for layer in candidates)
+    if options.rank is not None and options.rank > limit:
         raise OptionError(
             f"--rank {options.rank}: beyond min(out, in) of every selected layer; the largest has {limit}"
         )
-    useful = max(layer.largest_useful_rank for layer in layers)
+    useful = max(layer.largest_useful_rank for layer in candidates)
     raise OptionError(
-        f"--rank {options.rank}: would shrink none of the {len(layers)} selected layers; the largest rank that does is {useful}"
+        f"--rank {options.rank}: would shrink none of the {len(candidates)} selected layers; "
+        f"the largest rank that does is {useful}"
     )

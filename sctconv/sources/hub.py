@@ -215,7 +215,7 @@ class HubSource(Source):
 def _find_commit(repo: str, revision: str | None) -> _Commit:
     api = HfApi()
     with _explained(repo, f"revision {revision or constants.DEFAULT_REVISION!r}"):
-        info = api.model_info(repo, revision=revision, timeout=20, files_metadata=True)
+        info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT, files_metadata=True)
     if info.sha is None or info.siblings is None:
         raise HubError(f"{repo}: {constants.ENDPOINT} does not answer as the Hub does; check HF_ENDPOINT")
     with contextlib.suppress(Exception):

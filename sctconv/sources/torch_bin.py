@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -52,12 +53,7 @@ class TorchBinTensors:
 def _load(shard: Path) -> dict[str, torch.Tensor]:
     check_shard(shard)
     try:
-        try:
-            state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            state = torch.load(shard, map_location="cpu", weights_only=True)
+        state = _unpickle(shard)
     except pickle.UnpicklingError as error:
         if "weights" in str(error).lower():
             raise UnsupportedCheckpointError(
@@ -68,6 +64,17 @@ def _load(shard: Path) -> dict[str, torch.Tensor]:
         text = " ".join(str(error).split())[:120]
         raise CorruptShardError(f"{shard}: cut or damaged ({text}); download it again") from None
     return _flat_tensors(state, shard)
+
+
+def _unpickle(shard: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols, of no use to who did not write the file
+        try:
+            return torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(shard, map_location="cpu", weights_only=True)
 
 
 def _flat_tensors(state: Any, shard: Path) -> dict[str, torch.Tensor]:

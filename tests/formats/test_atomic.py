@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sctconv.formats import atomic
 from sctconv.formats.atomic import atomic_file
 from sctconv.formats.errors import OutputError
 from sctconv.formats.reader import SctFile
@@ -107,7 +106,7 @@ def test_no_commit_leaves_nothing(target):
 def test_a_full_disk_leaves_nothing(target, monkeypatch, room, code, message):
     monkeypatch.setattr(FullDisk, "room", room)
     monkeypatch.setattr(FullDisk, "error", code)
-    monkeypatch.setattr(atomic.os, "fdopen", lambda fd, mode: io.BufferedRandom(FullDisk(fd, mode)))  # type: ignore
+    monkeypatch.setattr(os, "fdopen", lambda fd, mode: io.BufferedRandom(FullDisk(fd, mode)))  # type: ignore
     with pytest.raises(OutputError, match=message) as caught:
         write(target)
     assert one_line(caught.value, target)
@@ -120,7 +119,7 @@ def test_a_failure_at_the_very_end_leaves_nothing(target, monkeypatch, where):
         names = () if where == "fsync" else (str(path), None, str(target))
         raise OSError(errno.EACCES, "Permission denied", *names)
 
-    monkeypatch.setattr(atomic.os, where, fail)
+    monkeypatch.setattr(os, where, fail)
     with pytest.raises(OutputError, match=r"cannot be written \(Permission denied\)") as caught:
         write(target)
     assert one_line(caught.value, target)
@@ -198,7 +197,7 @@ def test_a_read_only_directory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.sct"
     tmp_path.chmod(0o555)
     if os.access(tmp_path, os.W_OK):  # root may write everywhere
-        monkeypatch.setattr(atomic.os, "access", lambda path, mode: False)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
     try:
         with pytest.raises(OutputError, match="no permission to write in") as caught:
             write(path)

@@ -12,7 +12,24 @@ from sctconv.formats.reader import SctFile
 
 NUMBERS = [0, 1, -1, 2, 63, 64, 65, 127, 128, 255, 1 << 16, (1 << 31) - 1, 1 << 32, 1 << 60, (1 << 63) - 1, 1 << 63]
 NUMBERS += [(1 << 64) - 64, (1 << 64) - 1, 10**4290 * 64]
-VALUES = [*NUMBERS, None, True, 0.5, 1e308, "", "l", "l.U", "F32", "I8", "\x1b", "\ud800", [], [0], [1 << 60] * 8, {}]
+VALUES: list[object] = [
+    *NUMBERS,
+    None,
+    True,
+    0.5,
+    1e308,
+    "",
+    "l",
+    "l.U",
+    "F32",
+    "I8",
+    "\x1b",
+    "\ud800",
+    [],
+    [0],
+    [1 << 60] * 8,
+    {},
+]
 SNIPPETS = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"NaN", b"1e999", b"-", b"\\", b"\\ud800", b"\0", b"\xff"]
 
 

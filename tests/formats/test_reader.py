@@ -68,7 +68,7 @@ def test_a_tensor_is_a_view_of_one_mapping(save, parts):
         first, second = file.tensor("l.U"), file.tensor("l.U")
         assert np.shares_memory(first, second)
         assert np.shares_memory(file.tensor("tied"), file.tensor("tied too"))
-        whole = np.frombuffer(file.buffer("l.U").obj, np.uint8)
+        whole = np.frombuffer(memoryview(file.buffer("l.U").obj), np.uint8)
         assert whole.size == file.nbytes and np.shares_memory(whole, first)
 
 

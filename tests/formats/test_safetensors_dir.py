@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 
 from sctconv.formats import safetensors_dir
 from sctconv.formats.checkpoint import read_tensor
@@ -69,10 +69,13 @@ def test_every_dtype_is_as_safetensors_reads_it(tmp_path, name, shape):
     assert list(source.tensors) == ["first", "x"]
     info, values = source.tensors["x"], read_tensor(source, "x")
     assert (info.dtype, info.shape, info.shard, info.size) == (name, shape, path, array.size)
-    with safe_open(path, framework="numpy") as file:
-        expected = file.get_tensor("x")
-    assert (values.dtype, values.shape) == (dtype, shape) == (expected.dtype, expected.shape)
-    assert values.tobytes() == expected.tobytes()
+    expected = dict(deserialize(path.read_bytes()))["x"]
+    assert (expected["dtype"], tuple(expected["shape"])) == (name, shape) == (name, values.shape)
+    assert values.tobytes() == array.tobytes() == bytes(expected["data"])
+    if not name.startswith("F8"):  # of which its numpy interface knows nothing
+        with safe_open(path, framework="numpy") as file:
+            assert file.get_tensor("x").dtype == values.dtype == dtype
+            assert file.get_tensor("x").tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("chunk", [8, 24, 40, 1 << 20])
@@ -96,15 +99,15 @@ def test_shards_are_read_by_their_index(sharded):
     ("content", "error", "message"),
     [
         pytest.param(b"", TruncatedShardError, "an empty file", id="empty"),
-        pytest.param(LFS, LFSPointerError, "a git-lfs pointer of 68 bytes.*git lfs pull", id="git-lfs"),
+        pytest.param(LFS, LFSPointerError, r"a git-lfs pointer of \d+ bytes.*git lfs pull", id="git-lfs"),
         pytest.param(b"<html>404</html>", CorruptShardError, "not a safetensors file, but an HTML page", id="html"),
         pytest.param(b"Not Found, says this page", CorruptShardError, "but a text file", id="text"),
         pytest.param(b"GGUF\3\0\0\0" * 20, CorruptShardError, "but a GGUF file", id="gguf"),
         pytest.param(b"\1\2\3", TruncatedShardError, r"cut \(3 bytes", id="three bytes"),
         pytest.param(
-            raw(HEADER, bytes(8))[:40], TruncatedShardError, r"cut \(40 bytes, a header of 59", id="cut header"
+            raw(HEADER, bytes(8))[:40], TruncatedShardError, r"cut \(40 bytes, a header of 61", id="cut header"
         ),
-        pytest.param(raw(HEADER, bytes(7)), TruncatedShardError, "cut, 74 of 75 bytes are there", id="cut data"),
+        pytest.param(raw(HEADER, bytes(7)), TruncatedShardError, "cut, 76 of 77 bytes are there", id="cut data"),
         pytest.param(raw(HEADER, bytes(9)), CorruptShardError, "damaged", id="trailing"),
         pytest.param(raw(b"{" * 9), CorruptShardError, "not a safetensors file", id="no json"),
         pytest.param(raw(b"[" * 200_000), CorruptShardError, "not a safetensors file", id="deep"),

@@ -124,6 +124,8 @@ def test_a_revision_is_resolved_to_its_commit(server: FakeHub, revision: str) ->
     source = open_source(f"{REPO}@{revision}")
     assert source.label == f"{REPO}@{revision}"
     assert source.origin["revision"] == SHA
+    read_tensor(source, next(iter(source.tensors)))
+    assert all(seen.path.startswith(f"/{REPO}/resolve/{SHA}/") for seen in server.seen if "/resolve/" in seen.path)
 
 
 def test_opening_downloads_no_shard(server: FakeHub, files: dict[str, bytes]) -> None:
@@ -138,7 +140,8 @@ def test_opening_downloads_no_shard(server: FakeHub, files: dict[str, bytes]) ->
 
 def test_opening_costs_headers_only(server: FakeHub, files: dict[str, bytes]) -> None:
     large = safetensors_bytes({"b": np.zeros((1000, 1000), np.float32), "a": np.ones(3, np.float16)})
-    server.repos["org/single"] = {"config.json": files["config.json"], "weights.safetensors": large}
+    elsewhere = {"original/a.safetensors": b"", "onnx/model.onnx": b""}
+    server.repos["org/single"] = {"config.json": files["config.json"], "weights.safetensors": large, **elsewhere}
     source = open_hub("org/single", None)
     assert [(info.dtype, info.shape) for info in source.tensors.values()] == [("F32", (1000, 1000)), ("F16", (3,))]
     assert sum(seen.sent for seen in server.content_requests("weights.safetensors")) <= 100_001
@@ -209,6 +212,11 @@ def test_a_download_that_never_succeeds(server: FakeHub, files: dict[str, bytes]
     _refused(HubUnreachableError, "503", "try again later")
     assert len(server.content_requests(_shards(files)[0])) == 1 + hub.ATTEMPTS
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+
+
+def test_a_server_in_trouble_after_the_start(server: FakeHub) -> None:
+    server.refuse = lambda method, path: (500, {}) if method == "HEAD" and path.endswith(".safetensors") else None
+    _refused(HubUnreachableError, "answers 500 for model-0", "try again later")
 
 
 def _gated(method: str, path: str) -> Answer | None:
