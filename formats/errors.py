@@ -31,7 +31,8 @@ is and exits with `exit_code`.
         ├── LFSPointerError           a git-lfs pointer stands where the weights should be
         ├── TruncatedShardError       a shard is shorter than its header says
         ├── CorruptShardError         a shard or an index cannot be parsed or contradicts itself
-        └── UnsupportedCheckpointError  readable, but of a kind that is not supported
+        ├── UnsupportedCheckpointError  readable, but of a kind that is not supported
+        └── HubError                  the Hub lacks or refuses it (sctconv.sources.hub_errors)
 """
 
 from __future__ import annotations

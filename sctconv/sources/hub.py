@@ -7,7 +7,6 @@ read at first; a shard is downloaded, into the Hub's own cache, when a tensor in
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
@@ -19,26 +18,16 @@ from typing import Any, Final
 
 import numpy as np
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-    SafetensorsParsingError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 from huggingface_hub.hf_api import RepoSibling
 
 from sctconv.formats.checkpoint import TensorInfo
 from sctconv.formats.dtypes import DTYPES
-from sctconv.formats.errors import CheckpointError, CorruptShardError, MissingFileError, UnsupportedCheckpointError
+from sctconv.formats.errors import CorruptShardError, MissingFileError, UnsupportedCheckpointError
 from sctconv.formats.safetensors_dir import SafetensorsTensors
 
 from .base import NOTICE, SMALL_FILES, Source, read_small_files
+from .hub_errors import MAKE_ROOM, NOT_SOUND, HubError, HubUnreachableError, explained
 from .local import BIN_INDEX, SAFETENSORS_INDEX, open_local, refuse_quantised
 
 ATTEMPTS: Final = 3
@@ -46,18 +35,6 @@ ATTEMPTS: Final = 3
 
 _HEADERS_AT_ONCE: Final = 8
 _MOST_LISTED: Final = 12
-
-_LOGIN: Final = "run `hf auth login` or set HF_TOKEN"
-_MAKE_ROOM: Final = "free some, set HF_HOME to a directory on another disk, or use --low-disk"
-_NOT_SOUND: Final = "try another revision, as ORG/NAME@REVISION, or tell the repository's authors"
-
-
-class HubError(CheckpointError):
-    """The Hub lacks or refuses what was asked for, or it cannot be stored."""
-
-
-class HubUnreachableError(HubError):
-    """There is no connection to the Hub, or it does not answer as it should, and the cache is not enough."""
 
 
 def open_hub(repo: str, revision: str | None, *, low_disk: bool = False) -> Source:
@@ -108,12 +85,12 @@ class _Commit:
         return self._download_once(file)
 
     def _download_once(self, file: str) -> Path:
-        with _explained(self.repo, file):
+        with explained(self.repo, file):
             return Path(hf_hub_download(self.repo, file, revision=self.sha))
 
     def download_shard(self, file: str) -> tuple[Path, bool]:
         """As `download`, with room looked for and the sha256 checked; and whether the shard was not in the cache."""
-        with _explained(self.repo, file):
+        with explained(self.repo, file):
             plan = hf_hub_download(self.repo, file, revision=self.sha, dry_run=True)
         if plan.will_download:
             self._check_room(file, plan.file_size or 0)
@@ -125,7 +102,7 @@ class _Commit:
         cache = Path(constants.HF_HUB_CACHE)
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
         if free < size:
-            raise HubError(f"{self.repo}: {file} takes {size:,} bytes and {cache} has {free:,} left; {_MAKE_ROOM}")
+            raise HubError(f"{self.repo}: {file} takes {size:,} bytes and {cache} has {free:,} left; {MAKE_ROOM}")
 
     def _check_sha256(self, file: str, path: Path) -> None:
         expected = self.sha256(file)
@@ -169,13 +146,13 @@ class HubTensors:
                 self._add(header)
         for name, file in (weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].shard.name != file:
-                raise CorruptShardError(f"{commit.repo}: {file} lacks the tensor {name} of the index; {_NOT_SOUND}")
+                raise CorruptShardError(f"{commit.repo}: {file} lacks the tensor {name} of the index; {NOT_SOUND}")
 
     def _add(self, header: dict[str, TensorInfo]) -> None:
         for name, info in header.items():
             if name in self.tensors:
                 other = self.tensors[name].shard.name
-                raise CorruptShardError(f"{info.shard}: tensor {name} is also in {other}; {_NOT_SOUND}")
+                raise CorruptShardError(f"{info.shard}: tensor {name} is also in {other}; {NOT_SOUND}")
             self.tensors[name] = info
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
@@ -214,7 +191,7 @@ class HubSource(Source):
 
 def _find_commit(repo: str, revision: str | None) -> _Commit:
     api = HfApi()
-    with _explained(repo, f"revision {revision or constants.DEFAULT_REVISION!r}"):
+    with explained(repo, f"revision {revision or constants.DEFAULT_REVISION!r}"):
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT, files_metadata=True)
     if info.sha is None or info.siblings is None:
         raise HubError(f"{repo}: {constants.ENDPOINT} does not answer as the Hub does; check HF_ENDPOINT")
@@ -275,18 +252,18 @@ def _read_index(commit: _Commit, index: str) -> dict[str, str]:
         weight_map = dict(json.loads(path.read_bytes())["weight_map"])
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptShardError(f"{commit.repo}: {index} is not a checkpoint index ({error!r}); {_NOT_SOUND}") from None
+        raise CorruptShardError(f"{commit.repo}: {index} is not a checkpoint index ({error!r}); {NOT_SOUND}") from None
     if missing := [file for file in files if file not in commit.files]:
         raise HubError(
             f"{commit.repo}: {len(missing)} of the {len(files)} shards that {index} names are not there, the first "
-            f"{missing[0]}; {_NOT_SOUND}"
+            f"{missing[0]}; {NOT_SOUND}"
         )
     return weight_map
 
 
 def _read_header(commit: _Commit, file: str) -> dict[str, TensorInfo]:
     """What is in a shard, in the order of its data, at the cost of its header."""
-    with _explained(commit.repo, f"the header of {file}"):
+    with explained(commit.repo, f"the header of {file}"):
         header = HfApi().parse_safetensors_file_metadata(commit.repo, file, revision=commit.sha).tensors
     shard = Path(commit.repo) / file
     for name, item in header.items():
@@ -343,50 +320,3 @@ def _remove(path: Path) -> None:
         link, path = path, path.parent / path.readlink()
         link.unlink()
     path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _explained(repo: str, what: str) -> Iterator[None]:
-    """Makes one line of whatever comes out of huggingface_hub, which lets through what the libraries under it raise."""
-    try:
-        yield
-    except Exception as error:
-        raise _explain(error, repo, what) from error
-
-
-def _explain(error: BaseException, repo: str, what: str) -> CheckpointError:
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # it only says that the cache did not help either
-    text = " ".join(str(error).split())[:160]
-    page = f"{constants.ENDPOINT}/{repo}"
-    match error:
-        case GatedRepoError():
-            return HubError(f"{repo}: gated; accept its licence at {page}, then {_LOGIN}")
-        case RepositoryNotFoundError():
-            return HubError(f"{repo}: no such model there, or a private one; check the name, or {_LOGIN}")
-        case RevisionNotFoundError() | RemoteEntryNotFoundError():
-            return HubError(f"{repo}: has no {what}; see what there is at {page}/tree/main")
-        case HFValidationError():
-            return HubError(f"{repo}: not a name that the Hub allows; give org/name ({text})")
-        case SafetensorsParsingError():
-            return CorruptShardError(f"{repo}: {what} is not that of a safetensors file; {_NOT_SOUND} ({text})")
-        case OfflineModeIsEnabled():
-            return HubUnreachableError(f"{repo}: HF_HUB_OFFLINE is set, and {what} is not in the cache; unset it")
-        case HfHubHTTPError():
-            return _explain_status(error, repo, what)
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return HubError(f"{repo}: no space left in {constants.HF_HUB_CACHE} for {what}; {_MAKE_ROOM}")
-        case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return HubError(f"{repo}: {what} cannot be stored ({text}); set HF_HOME to a directory that can be written")
-    return HubUnreachableError(
-        f"{repo}: cannot get {what} from {constants.ENDPOINT} ({type(error).__name__}: {text}), and it is not in the "
-        "cache; check the network, proxies and HF_ENDPOINT, and run the command again"
-    )
-
-
-def _explain_status(error: HfHubHTTPError, repo: str, what: str) -> HubError:
-    status = error.response.status_code
-    if status >= 500 or status in (408, 429):
-        return HubUnreachableError(f"{repo}: {constants.ENDPOINT} answers {status} for {what}; try again later")
-    reason = " ".join((error.server_message or "no reason given").split())[:160]
-    return HubError(f"{repo}: {constants.ENDPOINT} refuses {what} ({status}: {reason}); check the token: {_LOGIN}")

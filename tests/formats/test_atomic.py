@@ -106,7 +106,7 @@ def test_no_commit_leaves_nothing(target):
 def test_a_full_disk_leaves_nothing(target, monkeypatch, room, code, message):
     monkeypatch.setattr(FullDisk, "room", room)
     monkeypatch.setattr(FullDisk, "error", code)
-    monkeypatch.setattr(os, "fdopen", lambda fd, mode: io.BufferedRandom(FullDisk(fd, mode)))  # type: ignore
+    monkeypatch.setattr(os, "fdopen", lambda fd, mode: io.BufferedRandom(FullDisk(fd, mode)))
     with pytest.raises(OutputError, match=message) as caught:
         write(target)
     assert one_line(caught.value, target)

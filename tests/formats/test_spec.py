@@ -20,7 +20,7 @@ def test_the_tests_that_it_names_exist():
 
 def test_its_dtypes_are_the_codes():
     table = SPEC[SPEC.index("| dtype | bytes | element |") :].split("\n\n")[0].splitlines()[2:]
-    sizes = {}
+    sizes: dict[str, str] = {}
     for _, names, counts, *_ in (row.split("|") for row in table):
         found = re.findall(r"`(\w+)`", names)
         sizes |= dict(zip(found, (counts.split() * len(found))[: len(found)], strict=True))

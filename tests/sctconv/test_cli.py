@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sctconv.cli import main
-from tests.models import save, tiny_model, tiny_tokenizer
+from tests.models import save, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
