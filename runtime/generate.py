@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def generate(model: Any, tokenizer: Any, ids: Sequence[int], options: GenerateOptions) -> Iterator[str]:
+def generate(model: Any, tokenizer: Any, ids: Sequence[int], options: GenerateOptions) -> Generator[str, None, None]:
     """Yields the continuation of a prompt piece by piece, whole characters at a time.
 
     Stops at every EOS id of the model's generation configuration, at `max_new_tokens`, or when the caller closes the

@@ -11,6 +11,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +36,12 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def read(load: Loader, path: Path) -> None:
-    for tensor in load(path).values():
+def load(loader: Loader, path: Path) -> None:
+    loader(path)
+
+
+def read(loader: Loader, path: Path) -> None:
+    for tensor in loader(path).values():
         tensor.view(torch.uint8).view(-1).sum()
 
 
@@ -58,11 +63,9 @@ def main() -> None:
             size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
             del tensors
             gc.collect()
-            for what, works in (
-                ("open", (lambda: load_safetensors(safe), lambda: load_sct(sct))),
-                ("read", (lambda: read(load_safetensors, safe), lambda: read(load_sct, sct))),
-            ):
-                theirs, ours = (median_seconds(work, runs) * 1e3 for work in works)
+            for what, work in (("open", load), ("read", read)):
+                theirs = median_seconds(partial(work, load_safetensors, safe), runs) * 1e3
+                ours = median_seconds(partial(work, load_sct, sct), runs) * 1e3
                 print(
                     f"| {count} | {size:.0f} MB | {what} | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} |",
                     flush=True,

@@ -47,7 +47,8 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
 def test_progress_ends_at_the_result() -> None:
     seen: list[tuple[int, int, float]] = []
     result = perplexity(tiny_model("llama"), list(range(50)), context=16, progress=lambda *args: seen.append(args))
-    assert [done for done, _, _ in seen] == [1, 2, 3, 4] and seen[-1] == (4, 4, pytest.approx(result.perplexity))
+    assert [item[:2] for item in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen[-1][2] == pytest.approx(result.perplexity)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from sctconv.runtime import linalg
 from sctconv.runtime.linalg import (
+    Method,
     NonFiniteError,
     check_finite,
     frobenius_norm,
@@ -19,11 +20,11 @@ from sctconv.runtime.linalg import (
     truncated_svd,
 )
 
-FLOOR = {"exact": 1e-6, "subspace": 2e-5}
+FLOOR: dict[Method, float] = {"exact": 1e-6, "subspace": 2e-5}
 """What float32 factors, and float32 iterations, may leave of a matrix that is of rank k to the last digit."""
 
 SHAPES = [(60, 60), (200, 40), (40, 200), (300, 170), (1, 9), (9, 1)]
-METHODS = ["exact", "subspace"]
+METHODS: list[Method] = ["exact", "subspace"]
 
 
 def _matrix(m: int, n: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -44,7 +45,7 @@ def _optimal_error(W: torch.Tensor, rank: int) -> float:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("decay", [0.0, 0.01, 0.3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_laws(shape: tuple[int, int], decay: float, method: str) -> None:
+def test_laws(shape: tuple[int, int], decay: float, method: Method) -> None:
     W = _matrix(*shape, decay)
     before = W.clone()
     for rank in sorted({1, min(shape) // 3 or 1, min(shape)}):
@@ -62,7 +63,7 @@ def test_laws(shape: tuple[int, int], decay: float, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_error_never_grows_with_rank(method: str) -> None:
+def test_error_never_grows_with_rank(method: Method) -> None:
     W = _matrix(120, 90, 0.02)
     errors = [truncated_svd(W, rank, method=method).error for rank in (5, 10, 20, 40, 80)]
     assert errors == sorted(errors, reverse=True)
@@ -77,7 +78,7 @@ def test_exact_singular_values_are_lapacks() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("W", [torch.zeros(30, 20), torch.ones(30, 20), torch.eye(25)[:, :5] @ torch.eye(5, 40)])
-def test_rank_deficient_matrices_still_give_orthonormal_factors(W: torch.Tensor, method: str) -> None:
+def test_rank_deficient_matrices_still_give_orthonormal_factors(W: torch.Tensor, method: Method) -> None:
     svd = truncated_svd(W, 10, method=method)
     assert orthonormality(svd.U) < 1e-5 and orthonormality(svd.V) < 1e-5
     assert svd.error < FLOOR[method] and svd.energy == pytest.approx(1.0)
@@ -85,7 +86,7 @@ def test_rank_deficient_matrices_still_give_orthonormal_factors(W: torch.Tensor,
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e18])
 @pytest.mark.parametrize("method", METHODS)
-def test_scale_does_not_matter(method: str, scale: float) -> None:
+def test_scale_does_not_matter(method: Method, scale: float) -> None:
     W = _matrix(80, 50, 0.1)
     plain, scaled = truncated_svd(W, 8, method=method), truncated_svd(W * scale, 8, method=method)
     assert scaled.error == pytest.approx(plain.error, rel=1e-5)
@@ -143,7 +144,7 @@ def test_lapack_failure_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = truncated_svd(W, 12, method="exact")
 
     def fail(*args: object, **kwargs: object) -> None:
-        raise torch.linalg.LinAlgError("did not converge")
+        raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
 
     monkeypatch.setattr(torch.linalg, "svd", fail)
     found = truncated_svd(W, 12, method="exact")

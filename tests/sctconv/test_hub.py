@@ -25,7 +25,8 @@ from safetensors.numpy import save as safetensors_bytes
 from sctconv.formats.checkpoint import read_tensor
 from sctconv.formats.errors import CheckpointError, CorruptShardError, UnsupportedCheckpointError
 from sctconv.sources import Source, hub, open_source
-from sctconv.sources.hub import HubError, HubUnreachableError, open_hub
+from sctconv.sources.hub import open_hub
+from sctconv.sources.hub_errors import HubError, HubUnreachableError
 from sctconv.sources.local import BIN_INDEX, SAFETENSORS_INDEX, open_local
 from sctconv.sources.weights import DenseModel
 from tests.models import save, tiny_model
