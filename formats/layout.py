@@ -482,7 +482,7 @@ def _check_blobs(blobs: Iterable[Blob], index_offset: int, *, holes: bool) -> No
             raise BlobBoundsError(f"{blob.name}: its blob at {blob.offset}+{blob.nbytes} is not a place for one")
         if blob.offset + blob.nbytes > index_offset:
             raise BlobBoundsError(f"{blob.name}: its blob ends at {blob.offset + blob.nbytes}, past {index_offset}")
-        if previous is not None and _shared(blob, previous):
+        if _shared(blob, previous):
             continue
         if blob.offset < end or (blob.offset != align(end) and not holes):
             fault = "overlaps" if blob.offset < end else "leaves a hole after"
@@ -492,11 +492,10 @@ def _check_blobs(blobs: Iterable[Blob], index_offset: int, *, holes: bool) -> No
         raise BlobLayoutError(f"the blobs end at {end}, but the index begins at {index_offset}")
 
 
-def _shared(blob: Blob, other: Blob) -> bool:
+def _shared(blob: Blob, other: Blob | None) -> bool:
     return (
         isinstance(blob, TensorEntry)
         and isinstance(other, TensorEntry)
         and (blob.offset, blob.nbytes, blob.dtype, blob.shape, blob.xxh3)
         == (other.offset, other.nbytes, other.dtype, other.shape, other.xxh3)
-        and blob.nbytes > 0
     )

@@ -86,7 +86,7 @@ class SctFile:
     def _pread(self, offset: int, nbytes: int) -> bytes:
         self._file.seek(offset)
         data = bytearray()
-        while len(data) < nbytes and (piece := self._file.read(nbytes - len(data))):
+        while piece := self._file.read(nbytes - len(data)):
             data += piece
         if len(data) < nbytes:
             raise TruncatedError(f"{self.path}: cut while it was open; {nbytes} bytes at {offset} are gone")
@@ -214,7 +214,7 @@ def describe_content(data: bytes) -> str:
         return "a GGUF file; `sctconv convert` makes a .sct of it"
     if data.startswith(b"PK\x03\x04"):
         return "a zip archive, perhaps a torch .bin; `sctconv convert` takes the directory it is in"
-    if len(data) > 8 and data[8:9] == b"{":
+    if data[8:9] == b"{":
         return "perhaps a safetensors file; `sctconv convert` takes the directory it is in"
     if data.lstrip()[:1] == b"<":
         return "an HTML page, perhaps an error page saved by a download"

@@ -87,7 +87,7 @@ def _read_header(shard: Path) -> dict[str, _Place]:
         if length > MAX_HEADER_BYTES:
             found = describe_content(prefix + file.read(56))
             raise CorruptShardError(f"{shard}: not a safetensors file, but {found}; download it again")
-        if len(prefix) < 8 or length > size - 8:
+        if length > size - 8:
             raise TruncatedShardError(f"{shard}: cut ({size} bytes, a header of {length}); download it again")
         header = file.read(length)
     try:

@@ -138,7 +138,7 @@ class SctWriter:
     def _share(self, entry: TensorEntry) -> TensorEntry:
         """If the same content was written before, takes the new copy back and points to the old one."""
         twin = self._by_content.setdefault((entry.dtype, entry.shape, entry.xxh3), entry)
-        if twin is entry or entry.nbytes == 0 or not self._same_bytes(twin, entry):
+        if twin is entry or not self._same_bytes(twin, entry):
             return entry
         self._out.seek(entry.offset)
         self._out.truncate()

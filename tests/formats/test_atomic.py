@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,25 @@ def test_a_failure_at_the_very_end_leaves_nothing(target, monkeypatch, where):
         write(target)
     assert one_line(caught.value, target)
     assert untouched(target)
+
+
+def test_an_error_without_a_number_is_told(target):
+    with (
+        pytest.raises(OutputError, match=r"cannot be written \(odd\); nothing was kept"),
+        atomic_file(target, overwrite=True),
+    ):
+        raise OSError("odd")
+    assert untouched(target)
+
+
+def test_no_temporary_file_no_output(target, monkeypatch):
+    def fail(**options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    with pytest.raises(OutputError, match="no space left on the disk") as caught:
+        write(target)
+    assert one_line(caught.value, target) and untouched(target)
 
 
 def test_a_file_size_limit_leaves_nothing(tmp_path):

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from sctconv.formats.errors import (
+    BlobLayoutError,
     ChecksumError,
     FormatError,
     HeadError,
@@ -98,6 +99,11 @@ def test_a_wrong_head_or_tail_is_refused(refused, parts, edits, error, message):
     refused(parts, error, message, edits)
 
 
+def test_an_index_that_begins_in_the_head_is_refused(refused, parts):
+    nbytes = len(parts.build()) - 64
+    refused(parts, TailError, rf"the index at 0\+{nbytes}", {"index_offset": 0, "index_nbytes": nbytes})
+
+
 @pytest.mark.parametrize(
     "edits",
     [
@@ -123,10 +129,13 @@ def test_an_incomplete_file_opens_when_asked(save, parts):
 def test_an_incomplete_file_may_hold_an_index_that_a_later_one_replaced(save, parts):
     hole = parts.append(b"an older index and its tail")
     entry = {**parts.at("tensors", "scalar"), "name": "later", "offset": parts.append(struct.pack("<d", 0.5))}
-    assert entry["offset"] > hole
+    assert parts.append(b"another, after the last blob") > entry["offset"] > hole
     path = save(parts, {("complete",): False, ("tensors", "+"): entry})
     with SctFile(path, allow_incomplete=True) as file:
         assert file.tensor("later") == 0.5
+    path = save(parts, {("tensors", "later", "offset"): 64})
+    with pytest.raises(BlobLayoutError, match=r"l\.U: its blob at 64 overlaps"):
+        SctFile(path, allow_incomplete=True)
 
 
 def test_asking_for_an_incomplete_file_does_not_excuse_trailing_bytes_of_a_whole_one(save, parts):

@@ -159,11 +159,14 @@ def test_equal_tensors_share_one_blob_by_value(tmp_path):
         assert writer.nbytes - before < 64
         c = writer.add_tensor("c", array.reshape(10, 100))  # another shape, another blob
         d = writer.add_tensor("d", array.astype("<u4"))  # another dtype, another blob
+        for number in range(3):
+            writer.add_tensor(f"empty {number}", array[:0])
         writer.commit()
     assert a.offset == b.offset and len({a.offset, c.offset, d.offset}) == 3
     with SctFile(tmp_path / "a.sct") as file:
         assert np.shares_memory(file.tensor("a"), file.tensor("b"))
         assert all(np.array_equal(file.tensor(name).reshape(-1), array) for name in "abcd")
+        assert all(file.tensor(f"empty {number}").shape == (0,) for number in range(3))
         file.verify_padding()
 
 
@@ -243,6 +246,15 @@ def test_a_tensor_that_failed_halfway_keeps_the_file_from_being_committed(tmp_pa
         writer.add_tensor("x", np.ones(1))
         writer.commit()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [{}, {"dtype": "F32"}, {"shape": [1]}])
+def test_pieces_need_a_dtype_and_a_shape(tmp_path, given):
+    with (
+        pytest.raises(AssertionError, match="pieces need a dtype and a shape"),
+        SctWriter(tmp_path / "a.sct") as writer,
+    ):
+        writer.add_tensor("x", [np.ones(1)], **given)
 
 
 @pytest.mark.parametrize("add", [lambda w: w.add_tensor("b", np.ones(1)), lambda w: w.add_file("f", b"")])
