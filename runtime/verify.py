@@ -60,6 +60,7 @@ def verify(
                 progress(done, total, entry.name)
         for blob in index.files.values():
             file.verify(blob)
+        file.verify_padding()
         for record in index.layers.values():
             worst = max(worst, _check_factors(file, record))
         return Verification(file.nbytes, len(index.tensors), len(index.layers), len(index.files), worst)
