@@ -1,5 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv and fetch the small real model first.
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c  # a failing command before a pipe fails the recipe
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

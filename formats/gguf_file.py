@@ -1,4 +1,4 @@
-"""Dense checkpoints in GGUF, dequantised on the way."""
+"""Dense checkpoints in GGUF, dequantised on the way where they are quantised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard
 from .dtypes import numpy_dtype
 from .errors import CorruptShardError, TruncatedShardError, UnsupportedCheckpointError
 
-_PLAIN: Final = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8"})  # GGUF calls them as we do
+_PLAIN: Final = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8"})  # GGUF calls them as we do
 
 
 class GgufTensors:
@@ -90,9 +90,11 @@ class GgufTensors:
                 piece = np.fromfile(file, rows.dtype, count)
                 if piece.size != count:
                     raise TruncatedShardError(f"{self.path}: ends within a tensor; it was cut while it was being read")
-                piece = piece.reshape(-1, rows.shape[1])
+                if kind.name in _PLAIN:
+                    yield piece.view(numpy_dtype(info.dtype))  # BF16 comes as bytes
+                    continue
                 try:
-                    yield (piece if kind.name in _PLAIN else dequantize(piece, kind)).reshape(-1)
+                    yield dequantize(piece.reshape(-1, rows.shape[1]), kind).reshape(-1)
                 except NotImplementedError:
                     raise UnsupportedCheckpointError(
                         f"{self.path}: tensor {name} is {kind.name}, which cannot be dequantised"

@@ -24,7 +24,8 @@ from .errors import (
     TrailingDataError,
     TruncatedError,
 )
-from .layout import HEAD_BYTES, MAGIC, TAIL_BYTES, Blob, FileEntry, Head, Index, Tail, TensorEntry, align
+from .index import Blob, FileEntry, Index, TensorEntry
+from .layout import HEAD_BYTES, MAGIC, TAIL_BYTES, Head, Tail, align
 
 CHUNK_BYTES: Final = 16 << 20
 """How much is read at a time where a whole blob is walked: its pages are given back after each piece."""
@@ -93,13 +94,14 @@ class SctFile:
         return bytes(data)
 
     @cached_property
-    def _map(self) -> mmap.mmap:
+    def mapping(self) -> memoryview:
+        """The whole file, mapped. Writable, but what is written stays in this process."""
         descriptor = self._file.fileno()
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
         # Without MAP_NORESERVE the kernel may refuse a writable private mapping larger than the memory.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return memoryview(mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
 
     def entry(self, name: str) -> TensorEntry:
         """The index entry of a tensor.
@@ -119,7 +121,7 @@ class SctFile:
             MissingEntryError: there is no such tensor.
         """
         entry = self.entry(name)
-        return memoryview(self._map)[entry.offset : entry.offset + entry.nbytes]
+        return self.mapping[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as a read-only array, without a copy; BF16 as `ml_dtypes.bfloat16`.
@@ -181,7 +183,7 @@ class SctFile:
 
     def close(self) -> None:
         """Closes the file. The mapping goes when the last view of it does."""
-        self.__dict__.pop("_map", None)
+        self.__dict__.pop("mapping", None)
         self._file.close()
 
     def __enter__(self) -> SctFile:

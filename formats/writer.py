@@ -17,18 +17,8 @@ import xxhash
 from .atomic import atomic_file
 from .dtypes import dtype_name, numpy_dtype
 from .errors import ChecksumError, DuplicateNameError, IncompleteError, ShapeError
-from .layout import (
-    TAIL_BYTES,
-    FileEntry,
-    Head,
-    Index,
-    LayerRecord,
-    Tail,
-    TensorEntry,
-    align,
-    check_file_name,
-    check_name,
-)
+from .index import FileEntry, Index, LayerRecord, TensorEntry
+from .layout import TAIL_BYTES, Head, Tail, align, check_file_name, check_name
 from .reader import CHUNK_BYTES, SctFile
 
 

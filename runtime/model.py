@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sctconv.formats.layout import Blob
+from sctconv.formats.index import Blob
 from sctconv.formats.reader import SctFile
 
 from .skeleton import ModelError, build_skeleton, directory_of, factor_, load_config, load_tokenizer

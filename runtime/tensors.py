@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sctconv.formats.dtypes import numpy_dtype
 from sctconv.formats.errors import FormatError
-from sctconv.formats.layout import TensorEntry
+from sctconv.formats.index import TensorEntry
 from sctconv.formats.reader import SctFile
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
@@ -37,6 +38,7 @@ _BITS: Final = {
     torch.float8_e4m3fn: (torch.int8, np.dtype(ml_dtypes.float8_e4m3fn)),
     torch.float8_e5m2: (torch.int8, np.dtype(ml_dtypes.float8_e5m2)),
 }
+_NOT_IN_NUMPY: Final = {array_dtype: dtype for dtype, (_, array_dtype) in _BITS.items()}
 
 
 def mapped_tensor(file: SctFile, entry: TensorEntry) -> Tensor:
@@ -45,12 +47,9 @@ def mapped_tensor(file: SctFile, entry: TensorEntry) -> Tensor:
     Raises:
         FormatError: the tensor is too large for this process to address.
     """
-    dtype = TORCH_DTYPES[entry.dtype]
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=dtype)
     try:
-        return torch.frombuffer(file.buffer(entry.name), dtype=dtype).reshape(entry.shape)
-    except (ValueError, RuntimeError, OverflowError) as error:
+        return to_torch(np.ndarray(entry.shape, numpy_dtype(entry.dtype), file.mapping, entry.offset))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise FormatError(f"{file.path}: tensor {entry.name} cannot be mapped ({error})") from None
 
 
@@ -66,7 +65,6 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 def to_torch(array: np.ndarray) -> Tensor:
     """A writable array as a tensor on the same memory."""
-    for bits, dtype in _BITS.items():
-        if array.dtype == dtype[1]:
-            return torch.from_numpy(array.view(np.int16 if bits is torch.bfloat16 else np.int8)).view(bits)
-    return torch.from_numpy(array)
+    if (dtype := _NOT_IN_NUMPY.get(array.dtype)) is None:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(f"i{dtype.itemsize}")).view(dtype)

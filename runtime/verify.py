@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sctconv.formats.errors import SctError
-from sctconv.formats.layout import LayerRecord
+from sctconv.formats.index import LayerRecord
 from sctconv.formats.reader import SctFile
 
 from .linalg import check_finite, orthonormality

@@ -38,10 +38,12 @@ CONFIGS: dict[str, Any] = {
 FAMILIES = sorted(CONFIGS)
 
 
-def tiny_model(family: str, seed: int = 0) -> Any:
+def tiny_model(family: str, seed: int = 0, vocab_size: int = 96) -> Any:
     """A random model of a family, float32, in eval mode. Norms and biases are random too, or a bug in them would hide."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    config = CONFIGS[family]()
+    config.vocab_size = vocab_size
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

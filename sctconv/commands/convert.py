@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 @click.option(
     "--modules", default="mlp", show_default=True, metavar="mlp|attention|all|REGEX", help="Layers to factor."
 )
+@click.option(
+    "--calibration", multiple=True, metavar="PATH", help="Text to fit the factors on (.txt, .jsonl); repeatable."
+)
+@click.option("--calibration-tokens", default=131_072, show_default=True, help="Tokens to fit on, over all texts.")
+@click.option("--data-free", is_flag=True, help="Truncate each weight alone.  [default without --calibration]")
 @click.option("--dtype", type=DTYPE, help="Store every floating tensor so.  [default: as in the source]")
 @click.option("--device", default="cpu", show_default=True, help="Where the SVDs run, e.g. cuda.")
 @click.option("--low-disk", is_flag=True, help="From the Hub: keep one shard on the disk at a time.")
@@ -35,6 +40,9 @@ def convert(
     energy: float | None,
     ratio: float | None,
     modules: str,
+    calibration: tuple[str, ...],
+    calibration_tokens: int,
+    data_free: bool,
     dtype: str | None,
     device: str,
     low_disk: bool,
@@ -42,14 +50,30 @@ def convert(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Factor the linear layers of a dense checkpoint by truncated SVD and write one .sct file.
+    """Factor the linear layers of a dense checkpoint and write one .sct file.
 
     SOURCE is a Hugging Face directory (safetensors or torch .bin), a GGUF file, or ORG/NAME[@REVISION] on the Hub.
     Give one of --rank, --energy, --ratio. A layer that factors would not shrink stays dense.
+
+    With --calibration the factors are fitted, block by block, to reproduce the dense model on that text; without, each
+    weight is truncated by its SVD alone, which costs most of a model's quality.
     """
     from sctconv.convert.options import ConvertOptions
+    from sctconv.errors import OptionError
 
-    options = ConvertOptions(rank, energy, ratio, modules, dtype, device)
+    if data_free and calibration:
+        raise OptionError("--data-free and --calibration exclude each other; give one of them")
+    options = ConvertOptions(
+        rank,
+        energy,
+        ratio,
+        modules,
+        dtype,
+        device,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        calibration_context=min(512, calibration_tokens),
+    )
     if dry_run:
         from sctconv.convert.plan import make_plan
         from sctconv.sources import open_source
@@ -80,18 +104,19 @@ def _report_json(report: ConvertReport) -> dict[str, object]:
         "unused_tensors": report.unused,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
+        "quality": report.quality,
     }
 
 
 def _print_report(report: ConvertReport) -> None:
     names = [record.name for record in report.layers] + [layer.name for layer in report.dense]
     width = max(map(len, names), default=5)
-    click.echo(f"{'layer':<{width}}  {'out x in':>14}  {'rank':>5}  {'energy kept':>11}  {'relative error':>14}")
+    measure = "output error" if report.quality else "energy kept"
+    click.echo(f"{'layer':<{width}}  {'out x in':>14}  {'rank':>5}  {measure:>12}  {'weight error':>12}")
     for record in report.layers:
         shape = f"{record.out} x {record.in_}"
-        click.echo(
-            f"{record.name:<{width}}  {shape:>14}  {record.rank:>5}  {record.energy:>11.4f}  {record.error:>14.4f}"
-        )
+        number = record.extra.get("output_error", record.energy)
+        click.echo(f"{record.name:<{width}}  {shape:>14}  {record.rank:>5}  {number:>12.4f}  {record.error:>12.4f}")
     for layer in report.dense:
         click.echo(f"{layer.name:<{width}}  {f'{layer.out} x {layer.in_}':>14}  dense  {layer.reason}")
     if report.unused:
@@ -105,8 +130,15 @@ def _print_report(report: ConvertReport) -> None:
     )
     peak = f", peak memory {size(report.peak_rss_bytes)}" if report.peak_rss_bytes else ""
     click.echo(f"{report.seconds:.1f} s{peak}")
+    if report.quality:
+        held_out = report.quality["held_out"]
+        click.echo(
+            f"on {held_out['tokens']} held-out calibration tokens: perplexity {held_out['perplexity']:.4g} "
+            f"(dense {held_out['teacher_perplexity']:.4g}), KL to the dense model {held_out['kl']:.3f} nats a token"
+        )
+        return
     click.echo(
-        "Truncation without data costs quality, often all of it; measure it: "
+        "Truncation without data costs quality, often all of it (--calibration FILE.txt keeps most); measure it: "
         f"sctconv evaluate {report.output} --text FILE.txt"
     )
 

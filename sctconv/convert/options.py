@@ -26,6 +26,10 @@ class ConvertOptions:
         dtype: `float32`, `bfloat16` or `float16` for every floating tensor; None keeps each tensor's own.
         device: where the SVDs run, as torch names it.
         seed: of the random start of the SVD of large matrices.
+        calibration: texts to fit the factors on: paths of .txt or .jsonl files, or `hub:DATASET[:CONFIG]`; none for the
+            plain truncation of each weight.
+        calibration_tokens: how many tokens to fit on, over all texts.
+        calibration_context: tokens in a window.
 
     Raises:
         OptionError: a value is out of range, or not exactly one of the three is given.
@@ -38,6 +42,9 @@ class ConvertOptions:
     dtype: str | None = None
     device: str = "cpu"
     seed: int = 0
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int = 131_072
+    calibration_context: int = 512
 
     def __post_init__(self) -> None:
         given = [name for name in ("rank", "energy", "ratio") if getattr(self, name) is not None]
@@ -50,6 +57,12 @@ class ConvertOptions:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
                 raise OptionError(f"--{name} {value:g}: a share lies between 0 and 1, both excluded")
+        if self.calibration and self.energy is not None:
+            raise OptionError("--energy is of the weights alone; with --calibration give --rank or --ratio")
+        for name, least in (("calibration_tokens", self.calibration_context), ("calibration_context", 2)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise OptionError(f"--{option} {getattr(self, name)}: at least {least}")
         if self.dtype is not None and self.dtype not in STORAGE_DTYPES:
             raise OptionError(f"--dtype {self.dtype}: choose one of {', '.join(STORAGE_DTYPES)}")
         if self.modules not in GROUPS:
@@ -67,5 +80,9 @@ class ConvertOptions:
         raise AssertionError("one of the three is given")
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the result, for the provenance: everything but the device."""
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "device"}
+        """What decides the result, for the provenance: everything but the device and what calibration records itself."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if value is not None and key != "device" and not key.startswith("calibration")
+        }

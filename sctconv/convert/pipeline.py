@@ -19,15 +19,24 @@ from sctconv.formats.atomic import check_target
 from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
 from sctconv.formats.errors import OutputError
-from sctconv.formats.layout import LayerRecord
+from sctconv.formats.index import LayerRecord
 from sctconv.formats.writer import SctWriter
-from sctconv.runtime.linalg import NonFiniteError, TruncatedSVD, rank_for_energy, singular_values, truncated_svd
+from sctconv.runtime.linalg import (
+    NonFiniteError,
+    check_finite,
+    rank_for_energy,
+    residual_norm,
+    singular_values,
+    truncated_svd,
+)
 from sctconv.runtime.memory import peak_rss_bytes
 from sctconv.runtime.tensors import TORCH_DTYPES, to_numpy, to_torch
 from sctconv.sources import Source, open_source
 from sctconv.sources.model import usable_device
 from sctconv.sources.weights import DenseModel
 
+from .calibrated import Calibrated
+from .fit import Fit
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
 
@@ -50,6 +59,7 @@ class ConvertReport:
         parameters, dense_parameters: entries of all tensors, after and before.
         seconds: wall time.
         peak_rss_bytes: largest resident memory of the process, None where unknown.
+        quality: of a calibrated conversion, what the held-out windows say; see `Calibrated.facts`.
     """
 
     output: str
@@ -62,6 +72,7 @@ class ConvertReport:
     dense_parameters: int
     seconds: float
     peak_rss_bytes: int | None
+    quality: dict[str, Any] | None = None
 
 
 @dataclass
@@ -91,9 +102,11 @@ def convert(
     progress: Progress | None = None,
     must_shrink: bool = True,
 ) -> ConvertReport:
-    """Converts a dense checkpoint into a .sct file, by the plain truncated SVD of each selected weight.
+    """Converts a dense checkpoint into a .sct file.
 
-    Memory is one weight in float32 and the work space of its SVD. The output appears whole or not at all.
+    Without calibration each selected weight is truncated by its SVD, and memory is one weight in float32 and the work
+    space of that. With calibration the factors are fitted block by block (see `sweep`), and memory is one block in
+    float32, the hidden states of the calibration text, and embedding and head. The output appears whole or not at all.
 
     Args:
         source: directory, GGUF file, Hub id, or an opened source.
@@ -118,7 +131,8 @@ def convert(
     path = Path(output) if output is not None else default_output(source, options)
     check_target(path, overwrite=overwrite)
     _check_space(path, plan, source)
-    run = _Conversion(model, plan, options, device, must_shrink)
+    calibrated = Calibrated(model, plan, options) if options.calibration else None
+    run = _Conversion(model, plan, options, device, must_shrink, calibrated)
     with SctWriter(path, overwrite=overwrite) as out:
         run.write(out, progress)
         out.metadata.update(run.metadata())
@@ -134,6 +148,7 @@ def convert(
         dense_parameters=plan.dense_parameters,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
+        quality=calibrated.facts() if calibrated else None,
     )
 
 
@@ -149,6 +164,7 @@ class _Conversion:
     options: ConvertOptions
     device: torch.device
     must_shrink: bool
+    calibrated: Calibrated | None
     records: list[LayerRecord] = field(default_factory=list)
     dense: list[LayerPlan] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -157,6 +173,10 @@ class _Conversion:
     def write(self, out: SctWriter, progress: Progress | None) -> None:
         tensors = self.model.tensors
         work = _Work(sum(self._cost(name) for name in tensors), progress)
+        if self.calibrated and progress:
+            # the copying counts for nothing beside the sweep, whose own share of the whole is the estimate
+            self.calibrated.progress = lambda share, what: progress(share, 1.0, what)
+            work.progress = None
         hashed: set[Path] = set()
         for name, info in tensors.items():
             work.start(name)
@@ -172,6 +192,10 @@ class _Conversion:
 
     def _tensor(self, out: SctWriter, name: str, info: TensorInfo) -> None:
         layer = self.plan.layers.get(name)
+        if self.calibrated and (bias := self.calibrated.bias(name)) is not None:
+            self.parameters += info.size
+            out.add_tensor(name, bias, dtype=self.plan.stored_dtype(info))
+            return
         if layer is not None and layer.reason is None:
             layer = self._factor(out, name, info, layer)
         if layer is not None and layer.rank is not None:
@@ -187,6 +211,10 @@ class _Conversion:
         """Writes the factors of a weight; or nothing, where its energy asks for a rank that would not shrink it."""
         W = to_torch(read_tensor(self.model, name, np.float32)).to(self.device)
         W = W.T if layer.transposed else W
+        fit = self.calibrated.fit(layer.name) if self.calibrated else None
+        if fit is not None:
+            self._write_fit(out, layer, fit, W, TORCH_DTYPES[self.plan.factor_dtype(info)], name)
+            return layer
         if layer.rank is None:
             assert self.options.energy is not None
             rank = rank_for_energy(singular_values(W, name=name), self.options.energy)
@@ -196,15 +224,33 @@ class _Conversion:
         assert layer.rank is not None
         dtype = self.plan.factor_dtype(info)
         svd = truncated_svd(W, layer.rank, dtype=TORCH_DTYPES[dtype], seed=self.options.seed, name=name)
-        self._write_factors(out, layer, svd)
+        self._write_factors(out, layer, (svd.U, svd.s, svd.V), svd.energy, svd.error, {})
         return layer
 
-    def _write_factors(self, out: SctWriter, layer: LayerPlan, svd: TruncatedSVD) -> None:
-        for letter, factor in (("U", svd.U), ("s", svd.s), ("V", svd.V)):
-            out.add_tensor(f"{layer.name}.{letter}", to_numpy(factor.cpu()))
+    def _write_fit(
+        self, out: SctWriter, layer: LayerPlan, fit: Fit, W: torch.Tensor, dtype: torch.dtype, name: str
+    ) -> None:
+        """Writes fitted factors. They are not the weight's nearest, so no energy of it is kept, and the error is larger."""
+        norm = check_finite(W, name)
+        U, s, V = fit.U.to(dtype), fit.s, fit.V.to(dtype)
+        error = residual_norm(W.cpu(), U, s, V) / norm if norm else 0.0
+        self._write_factors(out, layer, (U, s, V), None, error, {"output_error": fit.error})
+
+    def _write_factors(
+        self,
+        out: SctWriter,
+        layer: LayerPlan,
+        factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        energy: float | None,
+        error: float,
+        extra: dict[str, float],
+    ) -> None:
+        arrays = [to_numpy(factor.cpu()) for factor in factors]
+        for letter, array in zip("UsV", arrays, strict=True):
+            out.add_tensor(f"{layer.name}.{letter}", array)
         bias = f"{layer.name}.bias" if layer.bias else None
-        dtype = dtype_name(to_numpy(svd.U[:0].cpu()).dtype)
-        record = LayerRecord(layer.name, layer.out, layer.in_, svd.rank, svd.energy, svd.error, bias, dtype)
+        rank, dtype = len(arrays[1]), dtype_name(arrays[0].dtype)
+        record = LayerRecord(layer.name, layer.out, layer.in_, rank, energy, error, bias, dtype, extra)
         out.add_layer(record)
         self.records.append(record)
 
@@ -223,7 +269,11 @@ class _Conversion:
             "generator": f"sctconv {sctconv.__version__}",
             "transformers": transformers.__version__,
             "source": {**self.model.source.origin, "shards": self.shards},
-            "conversion": {"method": "svd", **self.options.to_json()},
+            "conversion": {
+                "method": "calibrated" if self.calibrated else "svd",
+                **self.options.to_json(),
+                **(self.calibrated.facts() if self.calibrated else {}),
+            },
             "dense_layers": [
                 {"name": layer.name, "out": layer.out, "in": layer.in_, "reason": layer.reason} for layer in self.dense
             ],

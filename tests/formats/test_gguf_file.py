@@ -2,6 +2,7 @@ import struct
 from pathlib import Path
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -17,7 +18,7 @@ from sctconv.formats.errors import (
 )
 from sctconv.formats.gguf_file import GgufTensors
 
-QUANTISED = [Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+QUANTISED = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
 BY_BLOCKS = [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL]  # no quantiser in the package
 W = np.random.default_rng(0).standard_normal((6, 256)).astype("<f4")
 
@@ -59,6 +60,19 @@ def test_plain_types_keep_their_dtype(tmp_path, dtype):
     assert source.tensors["x"].shape == (3, 7)
     values = read_tensor(source, "x")
     assert values.dtype == np.dtype(dtype) and np.array_equal(values, array)
+
+
+@pytest.mark.parametrize("chunk", [512, 1300, 64 << 20])
+def test_bf16_stays_bf16(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(gguf_file, "CHUNK_BYTES", chunk)
+    data = gguf.quantize(W, Kind.BF16)
+    source = GgufTensors(write(tmp_path / "a.gguf", {"w": (data, Kind.BF16), "b": (data[0], Kind.BF16)}))
+    assert (source.tensors["w"].dtype, source.tensors["w"].shape) == ("BF16", (6, 256))
+    chunks = list(source.chunks("w"))
+    assert all(piece.dtype == ml_dtypes.bfloat16 and piece.nbytes <= chunk for piece in chunks)
+    assert np.concatenate(chunks).tobytes() == data.tobytes()
+    assert np.array_equal(read_tensor(source, "w", np.float32), gguf.dequantize(data, Kind.BF16))
+    assert read_tensor(source, "b").tobytes() == data[0].tobytes()
 
 
 @pytest.mark.parametrize("chunk", [1024, 2500, 64 << 20])

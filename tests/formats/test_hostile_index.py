@@ -130,6 +130,10 @@ BIG = 1 << 60
         pytest.param({(*L, "energy"): 1.5}, LayerError, r"energy 1\.5 is out of range", id="energy"),
         pytest.param({(*L, "error"): -1}, LayerError, "error -1 is out of range", id="error"),
         pytest.param({("layers", "+"): {**{"name": "l"}}}, IndexSchemaError, "layer l lacks", id="layer half"),
+        # keys
+        pytest.param(
+            {(*TIED, "xxh3"): ..., (*TIED, "new"): 1}, IndexSchemaError, "tied lacks 'xxh3'", id="unknown for known"
+        ),
         # features
         pytest.param({("required_features", "+"): "journal"}, FeatureError, r"\('journal'\); update", id="feature"),
         pytest.param({("required_features",): ["f\n"] * 9000}, FeatureError, "needs 9000 features", id="features"),

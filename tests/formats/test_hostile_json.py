@@ -40,6 +40,22 @@ def test_json_beyond_what_the_format_allows_is_refused(refused, save, parts, val
         assert "made" in file.index.metadata
 
 
+DIGITS = "9" * 40
+
+
+@pytest.mark.parametrize("beside", [None, DIGITS, {DIGITS: DIGITS}, float(f"0.{DIGITS}")], ids=repr)
+@pytest.mark.parametrize("number", [10**18 - 1, 10**18, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, 10**20])
+def test_integers_are_held_to_64_bits_whatever_stands_beside(save, parts, number, beside):
+    for value, most in ((number, 1 << 64), (-number, (1 << 63) + 1)):
+        content = text(parts, '"by hand"', json.dumps([value, beside]))
+        if number < most:
+            with SctFile(save(parts, content)) as file:
+                assert file.index.metadata["made"] == [value, beside]
+        else:
+            with pytest.raises(IndexSyntaxError, match="is beyond 64 bits"):
+                SctFile(save(parts, content))
+
+
 @pytest.mark.parametrize("content", [b"\xff{}", b"\xef\xbb\xbf{}", b"{}{}", b"{", b'"\xed\xa0\x80"'])
 def test_bytes_that_are_no_json_are_refused(refused, parts, content):
     refused(parts, IndexSyntaxError, "not valid JSON", {"index_text": content})

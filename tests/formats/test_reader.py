@@ -99,6 +99,19 @@ def test_a_view_outlives_the_file(save, parts):
     assert np.frombuffer(buffer, "<f4").tolist() == [3, 1]
 
 
+def test_the_mapping_outlives_the_file_and_keeps_writes_to_itself(save, parts):
+    path = save(parts)
+    with SctFile(path) as file:
+        mapping, entry = file.mapping, file.entry("l.s")
+        assert len(mapping) == file.nbytes
+    array = np.ndarray(entry.shape, "<f4", mapping, entry.offset)
+    del file, mapping
+    gc.collect()
+    assert array.tolist() == [3, 1]
+    array[:] = 0
+    assert array.tolist() == [0, 0] and path.read_bytes() == parts.build()
+
+
 def test_a_closed_file_gives_no_more_tensors(save, parts):
     with SctFile(save(parts)) as file:
         file.tensor("l.U")

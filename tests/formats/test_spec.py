@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from sctconv.formats import dtypes, layout
+from sctconv.formats import dtypes, index, layout
 
 SPEC = (Path(layout.__file__).parent / "SPEC.md").read_text()
 
@@ -49,7 +49,7 @@ def test_its_numbers_are_the_codes(text):
     assert text in SPEC
 
 
-@pytest.mark.parametrize("entry", [layout.TensorEntry, layout.LayerRecord, layout.FileEntry, layout.Index])
+@pytest.mark.parametrize("entry", [index.TensorEntry, index.LayerRecord, index.FileEntry, index.Index])
 def test_its_keys_are_the_codes(entry):
     names = {field for field in entry.__dataclass_fields__ if field != "extra"}
     assert all(f"`{name.rstrip('_')}`" in SPEC for name in names)

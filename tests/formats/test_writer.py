@@ -19,7 +19,7 @@ from sctconv.formats.errors import (
     LimitError,
     ShapeError,
 )
-from sctconv.formats.layout import LayerRecord
+from sctconv.formats.index import LayerRecord
 from sctconv.formats.reader import SctFile
 from sctconv.formats.writer import SctWriter
 

@@ -1,0 +1,133 @@
+"""Text to calibrate on, as windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from sctconv.formats.errors import SctError
+
+DEFAULT: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
+"""What is taken from the Hub where the user names nothing."""
+
+HELD_OUT: Final = 16
+"""One window in so many is kept aside to measure on, at least one."""
+
+
+class CalibrationError(SctError):
+    """The calibration text is missing, unreadable or too short."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens to fit on and to measure on.
+
+    Attributes:
+        fit: (windows, context) int64.
+        held_out: (windows, context) int64, never fitted on.
+        sources: what they were taken from, by name, with the number of tokens of each.
+    """
+
+    fit: Tensor
+    held_out: Tensor
+    sources: tuple[tuple[str, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are fitted on."""
+        return self.fit.numel()
+
+    @property
+    def context(self) -> int:
+        """Tokens in a window."""
+        return self.fit.shape[1]
+
+
+def load_calibration(sources: Sequence[str], tokenizer: Any, *, tokens: int, context: int) -> Calibration:
+    """Cuts texts into windows, as many from each as the tokens asked for allow, spread over the whole of each text.
+
+    Args:
+        sources: paths of .txt or .jsonl files (`text` field), or `hub:DATASET[:CONFIG]`; a mixture takes equal shares.
+        tokenizer: the model's.
+        tokens: how many to fit on, over all sources; all there are where a text has fewer.
+        context: tokens in a window.
+
+    Raises:
+        CalibrationError: a text cannot be read or has less than two windows in all.
+    """
+    share = -(-tokens // (context * len(sources)))  # windows of each, without those held out
+    share += max(1, -(-share // HELD_OUT))
+    fit: list[Tensor] = []
+    held_out: list[Tensor] = []
+    names: list[tuple[str, int]] = []
+    for source in sources:
+        ids = torch.tensor(tokenizer(_read(source), verbose=False).input_ids, dtype=torch.int64)
+        windows = ids[: len(ids) // context * context].reshape(-1, context)
+        if len(windows) < 2:
+            raise CalibrationError(
+                f"{source}: {len(ids)} tokens, less than two windows of {context}; give more text or --calibration-context"
+            )
+        # evenly spaced: neighbouring windows say less than distant ones
+        windows = windows[torch.linspace(0, len(windows) - 1, min(share, len(windows))).round().long()]
+        aside = torch.zeros(len(windows), dtype=torch.bool)
+        aside[HELD_OUT // 2 :: HELD_OUT] = True
+        aside[-1] |= not aside.any()
+        fit.append(windows[~aside])
+        held_out.append(windows[aside])
+        names.append((Path(source).name if not source.startswith("hub:") else source, fit[-1].numel()))
+    return Calibration(torch.cat(fit), torch.cat(held_out), tuple(names))
+
+
+def _read(source: str) -> str:
+    if source.startswith("hub:"):
+        return "\n\n".join(_hub_texts(source))
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise CalibrationError(f"{source}: cannot be read ({error.strerror})") from None
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(_jsonl_texts(source, text))
+    if not text.strip():
+        raise CalibrationError(f"{source}: an empty text")
+    return text
+
+
+def _jsonl_texts(source: str, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CalibrationError(f"{source}: line {number} is not a JSON object with a text field") from None
+        if not isinstance(text, str):
+            raise CalibrationError(f"{source}: the text field of line {number} is not a string")
+        yield text
+
+
+def _hub_texts(source: str) -> list[str]:
+    name, _, config = source.removeprefix("hub:").partition(":")
+    way_out = "give --calibration FILE.txt, or --data-free for the plain truncation"
+    try:
+        import datasets
+    except ImportError:
+        raise CalibrationError(
+            f"{source}: taking text from the Hub needs the package `datasets` (pip install 'sctconv[datasets]'); {way_out}"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train")
+        return [row["text"] for row in rows]
+    except Exception as error:  # datasets raises what the libraries under it do
+        text = " ".join(str(error).split())[:160]
+        raise CalibrationError(
+            f"{source}: cannot be had from the Hub ({type(error).__name__}: {text}); {way_out}"
+        ) from None
