@@ -63,11 +63,13 @@ class TensorEntry:
     @staticmethod
     def from_json(item: Any) -> TensorEntry:
         extra: Mapping[str, Any] = _NOTHING
-        values = tuple(map(item.get, _TENSOR_KEYS)) if type(item) is dict and len(item) == len(_TENSOR_KEYS) else ()
-        if tuple(map(type, values)) == _TENSOR_TYPES:
+        values: tuple[Any, ...] = ()
+        if type(item) is dict and len(item) == len(_TENSOR_KEYS):
+            values = tuple(map(item.get, _TENSOR_KEYS))
+        if tuple(map(type, values)) == _TENSOR_TYPES:  # the ordinary entry, of which there may be thousands
             name, dtype, shape, offset, nbytes, xxh3 = values
             check_name(name)
-        else:  # unknown keys, or something wrong to be named
+        else:  # unknown keys, or something wrong, which `_Take` names
             take = _Take(item, "a tensor entry")
             name = take.name("tensor", check_name)
             dtype, shape = take("dtype", str), take("shape", list)

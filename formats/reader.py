@@ -94,14 +94,15 @@ class SctFile:
         return bytes(data)
 
     @cached_property
-    def mapping(self) -> memoryview:
-        """The whole file, mapped. Writable, but what is written stays in this process."""
+    def mapping(self) -> np.ndarray:
+        """The bytes of the whole file, mapped. Writable, but what is written stays in this process."""
         descriptor = self._file.fileno()
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-            return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
+            return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY), np.uint8)
         # Without MAP_NORESERVE the kernel may refuse a writable private mapping larger than the memory.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-        return memoryview(mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+        mapped = mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return np.frombuffer(mapped, np.uint8)
 
     def entry(self, name: str) -> TensorEntry:
         """The index entry of a tensor.
@@ -121,7 +122,7 @@ class SctFile:
             MissingEntryError: there is no such tensor.
         """
         entry = self.entry(name)
-        return self.mapping[entry.offset : entry.offset + entry.nbytes]
+        return memoryview(self.mapping)[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as a read-only array, without a copy; BF16 as `ml_dtypes.bfloat16`.

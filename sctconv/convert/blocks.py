@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -198,6 +198,33 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class Taps:
+    """What passed: the first argument of some submodules and the output of others, of the last forward pass."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def tapped(module: nn.Module, inputs: Collection[str], outputs: Collection[str] = ()) -> Iterator[Taps]:
+    """Within, every forward pass of a module is tapped at these submodules."""
+    taps = Taps()
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda args: taps.inputs.__setitem__(name, args[0])
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda output: taps.outputs.__setitem__(name, output)
+
+    names = dict.fromkeys([*inputs, *outputs])
+    hooks = {
+        name: (before(name) if name in inputs else None, after(name) if name in outputs else None) for name in names
+    }
+    with hooked(module, hooks):
+        yield taps
 
 
 def _before(call: Callable[..., Any]) -> Callable[..., None]:

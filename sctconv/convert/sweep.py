@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sctconv.runtime.spectral import SpectralLinear
 
-from .blocks import Block, Decoder, Writer, hooked
+from .blocks import Block, Decoder, Writer, hooked, tapped
 from .calibration import Calibration
 from .fit import Fit, Moments, closed_form
 
@@ -104,32 +104,19 @@ class Sweep:
     def _teach(self, block: Block, states: list[Tensor]) -> _Teacher:
         """Runs the dense block on the teacher's states, in place, and keeps what the student's layers aim at."""
         seen = _Teacher()
-        plain = [name for group in block.groups for name in group if name not in block.writers]
-        first = {group[0]: tuple(group) for group in block.groups if any(name in plain for name in group)}
-        for number, state in enumerate(states):
-            self._report(block.name)
-            taken: dict[str, Tensor] = {}
-            hooks: dict[str, Any] = {name: (_take(taken, name), None) for name in first}
-            for writer in block.writers.values():
-                hooks.setdefault(writer.place, (_take(taken, f"z {writer.place}"), None))
-            hooks.pop("", None)
-            outputs: dict[str, Tensor] = {}
-            hooks = {name: (before, None) for name, (before, _) in hooks.items()}
-            for name in plain:
-                hooks[name] = (hooks.get(name, (None, None))[0], _take_output(outputs, name))
-            with hooked(block.module, hooks):
+        plain = {name for group in block.groups for name in group} - set(block.writers)
+        firsts = {group[0] for group in block.groups if plain.intersection(group)}
+        places = {writer.place for writer in block.writers.values()} - {""}
+        with tapped(block.module, firsts | places, plain) as taps:
+            for number, state in enumerate(states):
                 states[number] = block.run(state)
-            rows = self._is_fit[number]
-            for name, output in outputs.items():
-                seen.yy[name] = seen.yy.get(name, 0.0) + float(output[rows].double().square().sum())
-            for name in first:
-                seen.inputs.setdefault(name, []).append(taken[name])
-            for writer in block.writers.values():
-                if writer.place:
-                    if len(seen.streams.setdefault(writer.place, [])) == number:
-                        seen.streams[writer.place].append(taken[f"z {writer.place}"])
-                else:
-                    seen.streams[""] = states
+                self._report(block.name)
+                for name, x in taps.inputs.items():
+                    seen.inputs.setdefault(name, []).append(x)
+                for name, y in taps.outputs.items():
+                    energy = float(y[self._is_fit[number]].double().square().sum())
+                    seen.yy[name] = seen.yy.get(name, 0.0) + energy
+        seen.inputs[""] = states
         return seen
 
     def _fit_group(
@@ -149,7 +136,7 @@ class Sweep:
                 t = _flat(seen.inputs[group[0]][number][rows])
                 cross.add(K, t.T @ x, x, t)
             for name, writer in writers.items():
-                z = seen.streams[writer.place][number]
+                z = seen.inputs[writer.place][number]
                 y = (z - streams[writer.place]) / writer.scale + outputs[name]
                 y = _flat(y[rows])
                 sums[name].add(K, y.T @ x, x, y)
@@ -194,10 +181,9 @@ class Sweep:
 
 @dataclass
 class _Teacher:
-    """What a dense block did: inputs of groups, residual streams by place, and sum |y|^2 of each layer's output."""
+    """What a dense block did: the inputs of some submodules (its own output as ""), and sum |y|^2 of layers' outputs."""
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    streams: dict[str, list[Tensor]] = field(default_factory=dict)
     yy: dict[str, float] = field(default_factory=dict)
 
 
@@ -234,44 +220,33 @@ class _Sums:
         return Moments(self.K, T, yy, self.count, self.x / self.count, W @ self.y / self.count + bias)
 
 
+def _run_student(
+    block: Block, module: nn.Module, group: list[str], writers: dict[str, Writer], state: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The group's input, the outputs of its writers, and the residual streams that they write to, by place."""
+    if not writers:
+        return _input_of(block, module, group[0], state), {}, {}
+    places = {writer.place for writer in writers.values()} - {""}
+    with tapped(module, {group[0]} | places, writers) as taps:
+        output = block.run(state, module)
+    return taps.inputs[group[0]], taps.outputs, {**taps.inputs, "": output}
+
+
 class _Stop(Exception):  # noqa: N818 (ends a forward pass early)
     """All that is wanted of a forward pass has been seen."""
 
 
-def _run_student(
-    block: Block, module: nn.Module, group: list[str], writers: dict[str, Writer], state: Tensor
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The group's input, the outputs of its writers and the residual streams that they write to."""
-    taken: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    streams: dict[str, Tensor] = {}
+def _input_of(block: Block, module: nn.Module, name: str, state: Tensor) -> Tensor:
+    """A layer's input; what comes after it is not run."""
+    taken: list[Tensor] = []
 
     def stop(args: tuple[Any, ...]) -> None:
-        taken["x"] = args[0]
+        taken.append(args[0])
         raise _Stop
 
-    hooks: dict[str, Any] = {group[0]: (_take(taken, "x") if writers else stop, None)}
-    for name in writers:
-        hooks[name] = (hooks.get(name, (None, None))[0], _take_output(outputs, name))
-    for place in {writer.place for writer in writers.values()} - {""}:
-        hooks[place] = (_take(streams, place), hooks.get(place, (None, None))[1])
-    with hooked(module, hooks), contextlib.suppress(_Stop):
-        streams[""] = block.run(state, module)
-    return taken["x"], outputs, streams
-
-
-def _take(into: dict[str, Tensor], name: str) -> Any:
-    def before(args: tuple[Any, ...]) -> None:
-        into[name] = args[0]
-
-    return before
-
-
-def _take_output(into: dict[str, Tensor], name: str) -> Any:
-    def after(output: Tensor) -> None:
-        into[name] = output
-
-    return after
+    with hooked(module, {name: (stop, None)}), contextlib.suppress(_Stop):
+        block.run(state, module)
+    return taken[0]
 
 
 def _flat(x: Tensor) -> Tensor:
