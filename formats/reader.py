@@ -122,7 +122,7 @@ class SctFile:
             MissingEntryError: there is no such tensor.
         """
         entry = self.entry(name)
-        return memoryview(self.mapping)[entry.offset : entry.offset + entry.nbytes]
+        return self.mapping.data[entry.offset : entry.offset + entry.nbytes]
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as a read-only array, without a copy; BF16 as `ml_dtypes.bfloat16`.

@@ -159,18 +159,18 @@ class Sweep:
         return math.sqrt(difference / norm) if norm else math.nan
 
     def _measure(self, teacher: list[Tensor], student: list[Tensor]) -> None:
-        """Perplexity and KL on the held-out windows, which come first."""
-        count = int((~self._is_fit).any(1).sum())
-        batches = list(self._batches[:count])
-        nll = [0.0, 0.0]
-        kl, tokens = 0.0, 0
-        heads = zip(
-            self._decoder.head(teacher[:count], batches), self._decoder.head(student[:count], batches), strict=True
-        )
-        for number, pair in enumerate(heads):
-            rows = ~self._is_fit[number]
-            target = batches[number][rows][:, 1:].reshape(-1)
-            logs = [F.log_softmax(_flat(logits[rows][:, :-1]), -1) for logits in pair]
+        """Perplexity and KL on the held-out windows, one at a time: logits are the largest thing in the whole sweep."""
+        held_out = ~self._is_fit
+        windows = list(self._batches[held_out].unsqueeze(1))
+        states = [
+            [row[None] for state, keep in zip(side, held_out, strict=True) for row in state[keep]]
+            for side in (teacher, student)
+        ]
+        heads = zip(*(self._decoder.head(side, windows) for side in states), strict=True)
+        nll, kl, tokens = [0.0, 0.0], 0.0, 0
+        for window, pair in zip(windows, heads, strict=True):
+            target = window[0, 1:]
+            logs = [F.log_softmax(logits[0, :-1], -1) for logits in pair]
             for place, log in enumerate(logs):
                 nll[place] += float(F.nll_loss(log, target, reduction="sum"))
             kl += float(F.kl_div(logs[1], logs[0], reduction="sum", log_target=True))
