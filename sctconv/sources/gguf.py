@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from sctconv.formats.checkpoint import TensorInfo, read_tensor
+from sctconv.formats.dtypes import FLOATS, numpy_dtype
 from sctconv.formats.errors import CorruptShardError, UnsupportedCheckpointError
 from sctconv.formats.gguf_file import GgufTensors
 from sctconv.runtime.skeleton import GENERIC_TOKENIZER, build_skeleton, load_config
@@ -67,6 +69,9 @@ class _NamedGguf:
     def __init__(self, gguf: GgufTensors, config: Any) -> None:
         self._gguf = gguf
         self._processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=config.to_dict())
+        # llama.cpp keeps norms and biases in F32 beside narrow matrices; a model computes in one dtype
+        kinds = {info.dtype for info in gguf.tensors.values() if len(info.shape) > 1 and info.dtype in FLOATS}
+        self._dtype = kinds.pop() if len(kinds) == 1 else "F32"
         names = get_gguf_hf_weights_map(build_skeleton(config, str(gguf.path)), self._processor)
         self._gguf_names: dict[str, str] = {}
         self.tensors: Final[dict[str, TensorInfo]] = {}
@@ -79,6 +84,7 @@ class _NamedGguf:
 
     def _processed(self, gguf_name: str, info: TensorInfo) -> TensorInfo:
         """Its shape after processing, found on a tensor that takes no memory."""
+        info = replace(info, dtype=self._dtype if info.dtype in FLOATS else info.dtype)
         if gguf_name in _STREAMED:
             return info
         empty = np.broadcast_to(np.zeros((), np.float32), info.shape)
@@ -86,12 +92,13 @@ class _NamedGguf:
         return TensorInfo(info.dtype, tuple(shape), info.shard)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        gguf_name = self._gguf_names[name]
+        gguf_name, dtype = self._gguf_names[name], numpy_dtype(self.tensors[name].dtype)
         if gguf_name in _STREAMED:
-            yield from self._gguf.chunks(gguf_name)
+            for piece in self._gguf.chunks(gguf_name):
+                yield piece.astype(dtype, copy=False)
             return
-        values = read_tensor(self._gguf, gguf_name)
-        yield np.ascontiguousarray(self._processor.process(values, gguf_name).weights).reshape(-1)
+        values = self._processor.process(read_tensor(self._gguf, gguf_name), gguf_name).weights
+        yield np.ascontiguousarray(values, dtype).reshape(-1)
 
 
 def _small_files(path: Path, tensors: GgufTensors) -> dict[str, bytes]:

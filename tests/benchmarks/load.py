@@ -64,8 +64,8 @@ def main() -> None:
             del tensors
             gc.collect()
             for what, work in (("open", load), ("read", read)):
-                theirs = median_seconds(partial(work, load_safetensors, safe), runs) * 1e3
-                ours = median_seconds(partial(work, load_sct, sct), runs) * 1e3
+                works = (partial(work, load_safetensors, safe), partial(work, load_sct, sct))
+                theirs, ours = (seconds * 1e3 for seconds in median_seconds(*works, runs=runs))
                 print(
                     f"| {count} | {size:.0f} MB | {what} | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} |",
                     flush=True,

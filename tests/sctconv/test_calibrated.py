@@ -35,7 +35,13 @@ def _source(family: str, directory: Path) -> Path:
 
 
 def _options(source: Path, **changes: Any) -> ConvertOptions:
-    settings = {"rank": 6, "modules": "all", "calibration_tokens": 4096, "calibration_context": 64, **changes}
+    settings: dict[str, Any] = {
+        "rank": 6,
+        "modules": "all",
+        "calibration_tokens": 4096,
+        "calibration_context": 64,
+        **changes,
+    }
     return ConvertOptions(calibration=(str(source.parent / "text.txt"),), **settings)
 
 
@@ -64,7 +70,11 @@ def test_it_is_nearer_to_the_teacher_than_truncation(family: str, tmp_path: Path
     assert kl[1] < 0.8 * kl[0]
     with SctFile(tmp_path / "fitted.sct") as file:
         facts = file.index.metadata["conversion"]
-        assert facts["method"] == "calibrated" and facts["held_out"] == report.quality["held_out"]  # type: ignore[index]
+        assert (
+            facts["method"] == "calibrated"
+            and report.quality is not None
+            and facts["held_out"] == report.quality["held_out"]
+        )
         assert facts["calibration"][0]["source"] == "text.txt", "a name, no path of this machine"
         assert all(0 <= record.extra["output_error"] < 1 for record in file.index.layers.values())
 

@@ -90,6 +90,25 @@ def test_gguf_is_what_transformers_loads(family: str, kind: str, tmp_path: Path)
     assert loaded.model.generation_config.eos_token_id == [95, 93], "every id that ends a turn"
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_a_narrow_gguf_is_a_model_of_one_dtype(family: str, kind: str, tmp_path: Path) -> None:
+    """Its norms and biases stand there in F32 beside narrow matrices, as llama.cpp writes them."""
+    model = tiny_model(family)
+    if family == "llama":
+        config = transformers.LlamaConfig(**{**model.config.to_dict(), "attention_bias": False, "mlp_bias": False})
+        model = transformers.LlamaForCausalLM(config).eval()
+    path = write_gguf(model, family, tmp_path / "m.gguf", gguf.GGMLQuantizationType[kind])
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).eval()
+    dense = DenseModel(open_source(str(path)))
+    assert {info.dtype for info in dense.tensors.values()} == {kind}
+    for name, info in dense.tensors.items():
+        if len(info.shape) > 1:
+            np.testing.assert_array_equal(read_tensor(dense, name, np.float32), expected.state_dict()[name].numpy())
+    found, wanted = logits(load_any(str(path)).model).float(), logits(expected)
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
 def test_names_that_transformers_changes_are_changed_alike(tmp_path: Path) -> None:
     """GPT-2's own checkpoint has no `transformer.` prefix, and buffers that the model no longer has."""
     from safetensors.torch import save_file
