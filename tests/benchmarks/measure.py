@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: versions, medians, and peak memory of a process of its own."""
+"""What the benchmark scripts share: versions and medians."""
 
 from __future__ import annotations
 

@@ -34,6 +34,10 @@ def _source(family: str, directory: Path) -> Path:
     return source
 
 
+def _tokenizer(source: Path) -> Any:
+    return load_tokenizer(open_source(str(source)).files)
+
+
 def _options(source: Path, **changes: Any) -> ConvertOptions:
     settings: dict[str, Any] = {
         "rank": 6,
@@ -61,7 +65,7 @@ def test_it_is_nearer_to_the_teacher_than_truncation(family: str, tmp_path: Path
     convert(str(source), tmp_path / "plain.sct", ConvertOptions(rank=6, modules="all"))
     report = convert(str(source), tmp_path / "fitted.sct", _options(source))
     verify(tmp_path / "fitted.sct")
-    ids = torch.tensor(load_tokenizer(open_source(str(source)).files)(TEXT[-500:]).input_ids)[None, :120]
+    ids = torch.tensor(_tokenizer(source)(TEXT[-500:]).input_ids)[None, :120]
     dense = torch.log_softmax(logits(tiny_model(family, vocab_size=260), ids), -1)
     kl = []
     for name in ("plain", "fitted"):
@@ -141,7 +145,7 @@ def test_a_dense_block_runs_as_in_the_model(tmp_path: Path) -> None:
 
 def test_mixtures_take_equal_shares_and_jsonl_its_text(tmp_path: Path) -> None:
     source = _source("llama", tmp_path)
-    tokenizer = load_tokenizer(open_source(str(source)).files)
+    tokenizer = _tokenizer(source)
     lines = [json.dumps({"text": f"line {place} of another text altogether. " * 4}) for place in range(200)]
     (tmp_path / "more.jsonl").write_text("\n".join(lines))
     sources = [str(tmp_path / "text.txt"), str(tmp_path / "more.jsonl")]
