@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
@@ -24,11 +25,13 @@ def header(title: str) -> None:
 def median_seconds(*works: Callable[[], object], runs: int = 5) -> list[float]:
     """Median wall time of each of some works, run in turn, after one round that does not count.
 
-    In turn, so that what else the machine does falls on all of them alike.
+    In turn, so that what else the machine does falls on all of them alike; what a run leaves behind is collected before
+    the next one's clock starts.
     """
     times: list[list[float]] = [[] for _ in works]
     for run in range(runs + 1):
         for work, seconds in zip(works, times, strict=True):
+            gc.collect()
             start = time.perf_counter()
             work()
             if run:

@@ -301,6 +301,11 @@ def test_missing_files(tmp_path: Path) -> None:
 # --- the process
 
 
+def _listen_to_interrupts() -> None:
+    """A suite that was started in the background of a shell ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupting_a_conversion_leaves_nothing_and_says_130(tmp_path: Path) -> None:
     """A model large enough to be caught in the middle; the signal is sent when the temporary file has appeared."""
     import transformers
@@ -312,7 +317,7 @@ def test_interrupting_a_conversion_leaves_nothing_and_says_130(tmp_path: Path) -
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-m", "sctconv", "convert", str(source), "-o", str(out / "o.sct"), "--rank", "64"]
-    process = subprocess.Popen(command, cwd=_ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=_ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=_listen_to_interrupts)
     deadline = time.monotonic() + 120
     while not list(out.iterdir()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
