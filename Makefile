@@ -21,7 +21,7 @@ demo: $(VENV)/.installed $(MODEL)
 	@echo "== convert: every MLP layer at rank 128, the paper's plain truncation"
 	$(BIN)/sctconv convert $(MODEL) -o build/plain.sct --rank 128 --overwrite | tail -5
 	@echo "== inspect and verify"
-	$(BIN)/sctconv inspect build/gentle.sct | head -12
+	$(BIN)/sctconv inspect build/gentle.sct | sed -n 1,12p
 	$(BIN)/sctconv verify build/gentle.sct
 	@echo "== evaluate: dense, gentle, plain"
 	for model in $(MODEL) build/gentle.sct build/plain.sct; do \
