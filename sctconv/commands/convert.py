@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration", multiple=True, metavar="PATH", help="Text to fit the factors on (.txt, .jsonl); repeatable."
 )
-@click.option("--calibration-tokens", default=131_072, show_default=True, help="Tokens to fit on, over all texts.")
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=131_072,
+    show_default=True,
+    help="Tokens to fit on, over all texts.",
+)
 @click.option("--data-free", is_flag=True, help="Truncate each weight alone.  [default without --calibration]")
 @click.option("--dtype", type=DTYPE, help="Store every floating tensor so.  [default: as in the source]")
 @click.option("--device", default="cpu", show_default=True, help="Where the SVDs run, e.g. cuda.")

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from sctconv.formats.errors import SctError
 
-DEFAULT: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
-"""What is taken from the Hub where the user names nothing."""
-
 HELD_OUT: Final = 16
 """One window in so many is kept aside to measure on, at least one."""
 
@@ -70,9 +67,7 @@ def load_calibration(sources: Sequence[str], tokenizer: Any, *, tokens: int, con
         ids = torch.tensor(tokenizer(_read(source), verbose=False).input_ids, dtype=torch.int64)
         windows = ids[: len(ids) // context * context].reshape(-1, context)
         if len(windows) < 2:
-            raise CalibrationError(
-                f"{source}: {len(ids)} tokens, less than two windows of {context}; give more text or --calibration-context"
-            )
+            raise CalibrationError(f"{source}: {len(ids)} tokens, less than two windows of {context}; give more text")
         # evenly spaced: neighbouring windows say less than distant ones
         windows = windows[torch.linspace(0, len(windows) - 1, min(share, len(windows))).round().long()]
         aside = torch.zeros(len(windows), dtype=torch.bool)
