@@ -15,11 +15,11 @@ TEXT ?= $(firstword $(wildcard ../shared/data/wikitext-2/test.txt) README.md)
 demo: $(VENV)/.installed $(MODEL)
 	@mkdir -p build
 	@echo "== what a conversion would do"
-	$(BIN)/sctconv convert $(MODEL) --rank 128 --dry-run | tail -2
+	$(BIN)/sctconv convert $(MODEL) --rank 128 --data-free --dry-run | tail -2
 	@echo "== convert: attention's q and o at rank 250, a gentle cut"
-	$(BIN)/sctconv convert $(MODEL) -o build/gentle.sct --rank 250 --modules '(q|o)_proj' --overwrite | tail -5
+	$(BIN)/sctconv convert $(MODEL) -o build/gentle.sct --rank 250 --data-free --modules '(q|o)_proj' --overwrite | tail -5
 	@echo "== convert: every MLP layer at rank 128, the paper's plain truncation"
-	$(BIN)/sctconv convert $(MODEL) -o build/plain.sct --rank 128 --overwrite | tail -5
+	$(BIN)/sctconv convert $(MODEL) -o build/plain.sct --rank 128 --data-free --overwrite | tail -5
 	@echo "== inspect and verify"
 	$(BIN)/sctconv inspect build/gentle.sct | sed -n 1,12p
 	$(BIN)/sctconv verify build/gentle.sct

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,12 +14,39 @@ def peak_rss_bytes() -> int | None:
     On Linux the high-water mark of this process's own address space: `ru_maxrss` also remembers that of the process
     that started it, from before the `exec`.
     """
+    return _from_status("VmHWM") or _from_rusage()
+
+
+def rss_bytes() -> int:
+    """The resident set of this process now, in bytes; its peak where the system tells no more, 0 where not even that."""
+    return _from_status("VmRSS") or _from_rusage() or 0
+
+
+def installed_bytes() -> int:
+    """Memory that this process may use: the machine's, or the least that a control group above it allows."""
+    total = _physical_bytes()
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return total
+
+
+def _physical_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 16 << 30  # a system that does not tell (Windows): an ordinary machine
+
+
+def _from_status(key: str) -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return _from_rusage()
-    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(match[1]) * 1024 if match else _from_rusage()
+        return None
+    match = re.search(rf"^{key}:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def _from_rusage() -> int | None:

@@ -18,6 +18,7 @@ from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.report import report
 from .commands.verify import verify
 from .formats.errors import SctError
 
@@ -61,5 +62,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (convert, inspect, verify, evaluate, generate):
+for command in (convert, inspect, report, verify, evaluate, generate):
     main.add_command(command)

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import click
 
 DTYPE = click.Choice(["bfloat16", "float16", "float32"])
+
+
+class Size(click.ParamType):
+    """Bytes: `8GiB`, `500MB`, `1.5G` (G is GB), `4096`."""
+
+    name = "size"
+    _UNITS: Final = {"": 1, "B": 1} | {
+        f"{letter}{tail}": base**power
+        for power, letter in enumerate("KMGT", 1)
+        for tail, base in (("", 1000), ("B", 1000), ("IB", 1024))
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Raises click's own complaint where the text is no size."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", str(value))
+        if match is None or match[2].upper() not in self._UNITS:
+            self.fail(f"{value!r} is no size; write 8GiB, 500MB or a number of bytes", param, ctx)
+        return int(float(match[1]) * self._UNITS[match[2].upper()])
 
 
 def print_json(item: Any) -> None:

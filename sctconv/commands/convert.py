@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from .common import DTYPE, count, print_json, progress_bar, size
+from .common import DTYPE, Size, count, print_json, progress_bar, size
 
 if TYPE_CHECKING:
     from sctconv.convert.pipeline import ConvertReport
     from sctconv.convert.plan import Plan
 
 
+_DEFAULT_CALIBRATION: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
+
+
 @click.command(short_help="Make a .sct file of a dense checkpoint.")
 @click.argument("source")
 @click.option("-o", "--output", metavar="OUT.sct", help="File to write.  [default: NAME-r128.sct here]")
 @click.option("--rank", type=int, metavar="K", help="Rank of every factored layer.")
-@click.option("--energy", type=float, metavar="E", help="Least rank that keeps this share of the squared norm.")
+@click.option(
+    "--energy", type=float, metavar="E", help="Least rank that keeps this share of a layer's outputs' energy."
+)
 @click.option("--ratio", type=float, metavar="R", help="Share of its parameters that each layer keeps.")
+@click.option("--target-size", type=Size(), metavar="SIZE", help="Largest rank whose file is within, e.g. 300MB.")
+@click.option(
+    "--allocate",
+    type=click.Choice(["uniform", "measured"]),
+    default="uniform",
+    show_default=True,
+    help="measured: as many parameters, but each layer the rank that is best for the whole.",
+)
 @click.option(
     "--modules", default="mlp", show_default=True, metavar="mlp|attention|all|REGEX", help="Layers to factor."
 )
 @click.option(
-    "--calibration", multiple=True, metavar="PATH", help="Text to fit the factors on (.txt, .jsonl); repeatable."
+    "--calibration",
+    multiple=True,
+    metavar="TEXT",
+    help="Text to fit on: .txt, .jsonl or hub:DATASET[:CONFIG]; repeatable.  [default: WikiText-2 from the Hub]",
 )
 @click.option(
     "--calibration-tokens",
@@ -32,36 +48,38 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens to fit on, over all texts.",
 )
-@click.option("--data-free", is_flag=True, help="Truncate each weight alone.  [default without --calibration]")
+@click.option("--data-free", is_flag=True, help="No text: truncate each weight by its SVD alone.")
+@click.option("--refit/--no-refit", default=True, show_default=True, help="Also fit the linear layers that stay dense.")
+@click.option("--refine", type=click.IntRange(min=0), default=0, metavar="N", help="Then tune by N steps of descent.")
+@click.option(
+    "--max-memory", type=Size(), metavar="SIZE", help="Keep within, e.g. 8GiB.  [default: 3/4 of the machine's]"
+)
 @click.option("--dtype", type=DTYPE, help="Store every floating tensor so.  [default: as in the source]")
-@click.option("--device", default="cpu", show_default=True, help="Where the SVDs run, e.g. cuda.")
+@click.option("--device", default="cpu", show_default=True, help="Where the work is done, e.g. cuda.")
 @click.option("--low-disk", is_flag=True, help="From the Hub: keep one shard on the disk at a time.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT.sct if it exists.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write OUT.report.html beside OUT.sct.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.sct and its report if they exist.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the size, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert(
     source: str,
     output: str | None,
-    rank: int | None,
-    energy: float | None,
-    ratio: float | None,
-    modules: str,
     calibration: tuple[str, ...],
     calibration_tokens: int,
     data_free: bool,
-    dtype: str | None,
-    device: str,
     low_disk: bool,
+    report: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Factor the linear layers of a dense checkpoint and write one .sct file.
 
     SOURCE is a Hugging Face directory (safetensors or torch .bin), a GGUF file, or ORG/NAME[@REVISION] on the Hub.
-    Give one of --rank, --energy, --ratio. A layer that factors would not shrink stays dense.
+    Give one of --rank, --energy, --ratio, --target-size. A layer that factors would not shrink stays dense.
 
-    With --calibration the factors are fitted, block by block, to reproduce the dense model on that text; without, each
+    The factors are fitted, block by block, to reproduce the dense model on calibration text. With --data-free each
     weight is truncated by its SVD alone, which costs most of a model's quality.
     """
     from sctconv.convert.options import ConvertOptions
@@ -70,30 +88,24 @@ def convert(
     if data_free and calibration:
         raise OptionError("--data-free and --calibration exclude each other; give one of them")
     options = ConvertOptions(
-        rank,
-        energy,
-        ratio,
-        modules,
-        dtype,
-        device,
-        calibration=calibration,
+        calibration=() if data_free else calibration or (_DEFAULT_CALIBRATION,),
         calibration_tokens=calibration_tokens,
         calibration_context=min(512, calibration_tokens),
+        **settings,
     )
     if dry_run:
-        from sctconv.convert.plan import make_plan
-        from sctconv.sources import open_source
-        from sctconv.sources.weights import DenseModel
+        from sctconv.convert.pipeline import plan_conversion
 
-        plan = make_plan(DenseModel(open_source(source, low_disk=low_disk)), options)
+        with progress_bar("planning", quiet=as_json) as progress:
+            plan = plan_conversion(source, options, low_disk=low_disk, progress=progress)
         print_json(_plan_json(plan)) if as_json else _print_plan(plan)
         return
 
     from sctconv.convert.pipeline import convert as run
 
     with progress_bar("converting", quiet=as_json) as progress:
-        report = run(source, output, options, overwrite=overwrite, low_disk=low_disk, progress=progress)
-    print_json(_report_json(report)) if as_json else _print_report(report)
+        done = run(source, output, options, overwrite=overwrite, low_disk=low_disk, report=report, progress=progress)
+    print_json(_report_json(done)) if as_json else _print_report(done)
 
 
 def _report_json(report: ConvertReport) -> dict[str, object]:
@@ -110,6 +122,8 @@ def _report_json(report: ConvertReport) -> dict[str, object]:
         "unused_tensors": report.unused,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
+        "memory_limit_bytes": report.memory_limit_bytes,
+        "report": report.report,
         "quality": report.quality,
     }
 
@@ -135,7 +149,10 @@ def _print_report(report: ConvertReport) -> None:
         f"{len(report.layers)} layers factored, {len(report.dense)} selected layers left dense"
     )
     peak = f", peak memory {size(report.peak_rss_bytes)}" if report.peak_rss_bytes else ""
-    click.echo(f"{report.seconds:.1f} s{peak}")
+    allowed = f" of {size(report.memory_limit_bytes)} allowed" if peak and report.memory_limit_bytes else ""
+    click.echo(f"{report.seconds:.1f} s{peak}{allowed}")
+    if report.report:
+        click.echo(f"pictures: {report.report}")
     if report.quality:
         held_out = report.quality["held_out"]
         click.echo(
@@ -144,7 +161,7 @@ def _print_report(report: ConvertReport) -> None:
         )
         return
     click.echo(
-        "Truncation without data costs quality, often all of it (--calibration FILE.txt keeps most); measure it: "
+        "Truncation without data costs quality, often all of it (leave out --data-free to keep most); measure it: "
         f"sctconv evaluate {report.output} --text FILE.txt"
     )
 

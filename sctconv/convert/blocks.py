@@ -1,25 +1,14 @@
-"""A decoder seen as embedding, blocks and head, found by its structure, so that one block at a time can be run.
-
-Nothing here knows the name of an architecture: the blocks are the module list that holds the layers to be factored, and
-what each is called with is recorded from a pass of the model itself with recorders in place of its blocks.
-"""
+"""A decoder block: which of its layers have one input, which write to the residual stream, and taps on what passes."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from sctconv.errors import OptionError
-from sctconv.formats.checkpoint import read_tensor
-from sctconv.runtime.model import assign_
-from sctconv.runtime.tensors import to_torch
-from sctconv.sources.weights import DenseModel
 
 
 @dataclass(frozen=True)
@@ -37,12 +26,12 @@ class Writer:
 
 @dataclass
 class Block:
-    """One dense block with its weights, float32.
+    """One block with its weights, float32; dense until a student's layers take their place in it.
 
     Attributes:
         name: its path in the model.
         args, kwargs: what the model calls it with besides the hidden state.
-        groups: the layers to be factored, by their path in the block; those with the same input stand together, in the
+        groups: the layers to be fitted, by their path in the block; those with the same input stand together, in the
             order of execution. Layers that are not run exactly once on all tokens (experts) are not among them.
         writers: those of them that write to the residual stream.
     """
@@ -54,131 +43,27 @@ class Block:
     groups: list[list[str]] = field(default_factory=list)
     writers: dict[str, Writer] = field(default_factory=dict)
 
-    def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
-        """The hidden state (batch, context, width) after the block, or after another version of it."""
-        return _hidden((module or self.module)(hidden, *self.args, **self.kwargs))
+    def run(self, hidden: Tensor) -> Tensor:
+        """The hidden state (batch, context, width) after the block."""
+        return hidden_of(self.module(hidden, *self.args, **self.kwargs))
 
-    def student(self) -> nn.Module:
-        """A copy of the module tree on the same parameters, whose layers may be replaced."""
-        shared = {id(tensor): tensor for tensor in (*self.module.parameters(), *self.module.buffers())}
-        return copy.deepcopy(self.module, memo=shared)
-
-
-class Decoder:
-    """A dense checkpoint run block by block, one block's weights in memory at a time, in float32.
-
-    Args:
-        model: the checkpoint.
-        layers: paths of the layers to be factored. `layers` keeps those within the blocks.
-
-    Raises:
-        OptionError: none of them is in a block.
-    """
-
-    def __init__(self, model: DenseModel, layers: Sequence[str]) -> None:
-        self._dense = model
-        self._skeleton = model.skeleton
-        lists = [name for name, module in self._skeleton.named_modules() if isinstance(module, nn.ModuleList)]
-        held = {name: [layer for layer in layers if layer.startswith(f"{name}.")] for name in lists}
-        # an inner list (of experts) holds fewer; of two that hold the same, the outer one is the shorter path
-        self.path: Final = max(held, key=lambda name: (len(held[name]), -len(name)), default="")
-        if not held.get(self.path):
-            raise OptionError(
-                "none of the selected layers is in a decoder block, where calibration works; use --data-free"
-            )
-        self.layers: Final = held[self.path]
-        self._count = len(self._skeleton.get_submodule(self.path))
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __len__(self) -> int:
-        return self._count
-
-    @torch.no_grad()
-    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """The hidden states before the first block: (batch, context, width) float32 for each (batch, context) of tokens.
-
-        All batches have one shape, as what else the blocks are called with (masks, rotary angles) is kept from the last.
-        """
-        top, recorders = self._top()
-        recorders[0].probe = self._load(0)
-        states = []
-        for batch in batches:
-            top(input_ids=batch, use_cache=False)
-            states.append(recorders[0].hidden)
-        self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
-        return states
-
-    @torch.no_grad()
-    def head(self, states: Sequence[Tensor], batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Logits (batch, context, vocabulary) float32 for hidden states after the last block."""
-        top, recorders = self._top()
-        recorders[0].probe = self._load(0)
-        for state, batch in zip(states, batches, strict=True):
-            recorders[-1].replacement = state
-            yield top(input_ids=batch, use_cache=False).logits.float()
-
-    def block(self, place: int, hidden: Tensor) -> Block:
-        """Loads a block and finds out, on one batch of hidden states, which of its layers do what."""
-        name = f"{self.path}.{place}"
-        args, kwargs = self._calls[place]
-        block = Block(name, self._load(place), args, kwargs)
-        layers = [layer.removeprefix(f"{name}.") for layer in self.layers if layer.startswith(f"{name}.")]
-        block.groups = _find_groups(block, hidden, layers)
-        block.writers = _find_writers(block, hidden)
-        return block
-
-    def _top(self) -> tuple[Any, list[_Recorder]]:
-        """The model with its own weights outside the blocks and recorders for blocks."""
-        top = copy.deepcopy(self._skeleton)
-        recorders = [_Recorder() for _ in range(self._count)]
-        for recorder in recorders[1:]:
-            recorder.first = recorders[0]
-        parent, _, child = self.path.rpartition(".")
-        setattr(top.get_submodule(parent), child, nn.ModuleList(recorders))
-        names = [name for name in self._dense.tensors if not name.startswith(f"{self.path}.")]
-        tensors = ((name, to_torch(read_tensor(self._dense, name))) for name in names)
-        assign_(top, tensors, source=self._dense.source.label, dtype=torch.float32)
-        return top.eval(), recorders
-
-    def _load(self, place: int) -> nn.Module:
-        prefix = f"{self.path}.{place}."
-        module: nn.Module = copy.deepcopy(self._skeleton.get_submodule(prefix[:-1]))
-        names = [name for name in self._dense.tensors if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): to_torch(read_tensor(self._dense, name)) for name in names}
-        floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        module.load_state_dict(floats, strict=False, assign=True)
-        return module.eval().requires_grad_(False)
+    def weight(self, name: str) -> Tensor:
+        """W (out, in) of one of its dense layers, however that stores it."""
+        layer: Any = self.module.get_submodule(name)
+        W: Tensor = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+        return W.detach()
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: keeps what it is called with and returns its input in the block's own kind of output."""
-
-    probe: nn.Module | None = None
-    first: _Recorder | None = None
-    replacement: Tensor | None = None
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        if self.probe is not None:
-            output = self.probe(hidden, *args, **kwargs)
-            self.rest = output[1:] if isinstance(output, tuple) else None
-            self.probe = None
-        rest = (self.first or self).rest
-        hidden = hidden if self.replacement is None else self.replacement
-        return hidden if rest is None else (hidden, *rest)
-
-    def __getattr__(self, name: str) -> Any:
-        # models ask their blocks for attributes (attention_type, layer_idx); a recorder has none worth having
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_"):
-                raise
-            return None
+def look_into_(block: Block, hidden: Tensor, layers: list[str]) -> None:
+    """Finds out, on one batch of hidden states, the groups and writers among some layers of a block."""
+    block.groups = _find_groups(block, hidden, layers)
+    block.writers = _find_writers(block, hidden)
 
 
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block returns."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
 
 
 @contextlib.contextmanager
@@ -208,13 +93,24 @@ class Taps:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Passed(Exception):  # noqa: N818 (ends a forward pass early)
+    """All that is wanted of a forward pass has been seen."""
+
+
 @contextlib.contextmanager
-def tapped(module: nn.Module, inputs: Collection[str], outputs: Collection[str] = ()) -> Iterator[Taps]:
-    """Within, every forward pass of a module is tapped at these submodules."""
+def tapped(
+    module: nn.Module, inputs: Collection[str], outputs: Collection[str] = (), until: str = ""
+) -> Iterator[Taps]:
+    """Within, every forward pass of a module is tapped at these submodules, and ends with `Passed` at the one `until`."""
     taps = Taps()
 
     def before(name: str) -> Callable[..., None]:
-        return lambda args: taps.inputs.__setitem__(name, args[0])
+        def tap(args: tuple[Any, ...]) -> None:
+            taps.inputs[name] = args[0]
+            if name == until:
+                raise Passed
+
+        return tap
 
     def after(name: str) -> Callable[..., None]:
         return lambda output: taps.outputs.__setitem__(name, output)

@@ -2,11 +2,15 @@
 
 A layer gets inputs x~ (of the student: the model whose earlier layers are factored already) and should give y. Over the
 calibration tokens, with K = sum x~ x~^T (n, n) and T = sum y x~^T (m, n), the W' of rank k that minimises
-`sum |y - W' x~|^2` is `svd_k(T K^-1/2) K^-1/2` (reduced-rank regression; SVD-LLM's whitening is the case y = W x~).
-Moments are float64. The text says little about directions that it seldom visits, and K^-1 magnifies what little it says;
-so W' is pulled towards the layer's own W by a ridge: K + r I and T + r W, with r a share of K's mean eigenvalue. There the
+`sum |y - W' x~|^2` is `svd_k(T L^-T) L^-1` for any root L L^T = K (reduced-rank regression; SVD-LLM's whitening is the
+case y = W x~). The text says little about directions that it seldom visits, and K^-1 magnifies what little it says; so W'
+is pulled towards the layer's own W by a ridge: K + r I and T + r W, with r a share of K's mean eigenvalue. There the
 answer is what plain truncation would give. SmolLM2-135M, MLP at rank 128, 16k tokens of WikiText-2 valid, perplexity on
 test: 192.8 with eigenvalues only floored, 162.4 with a ridge of 0.03.
+
+`closed_form` works on moments, n x n. `closed_form_dual` gives the same answer from the tokens themselves, N x N, where
+n is so large that K does not fit: with the residual E = y - W x~ and G = X~^T X~ (N, N),
+`(T + r W) (K + r I)^-1 = W + E (G + r I)^-1 X~^T`. Everything that decides is float64.
 """
 
 from __future__ import annotations
@@ -18,11 +22,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sctconv.runtime.linalg import EXACT_SIDE, rank_for_energy, singular_values, truncated_svd
+
 RIDGE: Final = 0.03
 """The ridge as a share of K's mean eigenvalue."""
 
-FLOOR: Final = 1e-7
-"""Eigenvalues of K below this share of their mean count as that share, where there is no ridge to lift them."""
+_FLOOR: Final = 1e-7
+"""The least ridge as a share of K's mean eigenvalue, which keeps K's root from failing on rounding."""
+
+_BLOCK: Final = 8192
+"""Columns of a large matrix that are worked on at once."""
 
 
 @dataclass
@@ -31,17 +40,19 @@ class Moments:
 
     Attributes:
         K: (n, n) float64, sum of x~ x~^T.
-        T: (m, n) float64, sum of y x~^T.
+        T: (m, n) float64, sum of y x~^T; or, where y = W x for some other inputs x, sum of x x~^T (n, n), with `W`.
         yy: sum of |y|^2.
+        count: tokens.
+        W: (m, n) that T is still to be multiplied with, or None.
         mean_x: (n,) float64 or None.
         mean_y: (m,) float64 or None.
-        count: tokens.
     """
 
     K: Tensor
     T: Tensor
     yy: float
     count: int
+    W: Tensor | None = None
     mean_x: Tensor | None = None
     mean_y: Tensor | None = None
 
@@ -49,8 +60,9 @@ class Moments:
         """The moments of x~ and y less their means: what is left for W' once a bias takes the means."""
         if self.mean_x is None or self.mean_y is None:
             return self
+        T = self.T if self.W is None else self.W.double() @ self.T
         K = self.K - self.count * torch.outer(self.mean_x, self.mean_x)
-        T = self.T - self.count * torch.outer(self.mean_y, self.mean_x)
+        T = T - self.count * torch.outer(self.mean_y, self.mean_x)
         return Moments(K, T, self.yy - self.count * float(self.mean_y @ self.mean_y), self.count)
 
 
@@ -71,41 +83,159 @@ class Fit:
     error: float
 
 
-def closed_form(moments: Moments, rank: int, *, prior: Tensor | None = None, ridge: float = RIDGE) -> Fit:
+@dataclass(frozen=True)
+class DenseFit:
+    """The same for a layer that stays dense: W' (m, n) float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    error: float
+
+
+@dataclass(frozen=True)
+class Root:
+    """K + r I = L L^T of inputs that several layers share.
+
+    Attributes:
+        L: (n, n) float64, lower triangular.
+        ridge: r.
+    """
+
+    L: Tensor
+    ridge: float
+
+    @classmethod
+    def of(cls, K: Tensor, ridge: float = RIDGE) -> Root:
+        """Of K (n, n) float64, with a ridge as a share of its mean eigenvalue."""
+        mean = max(float(K.diagonal().mean()), torch.finfo(torch.float64).tiny ** 0.5)
+        for share in (max(ridge, _FLOOR), max(ridge, 1e-5), max(ridge, 1e-3), max(ridge, 1.0)):
+            A = K.clone()
+            A.diagonal().add_(share * mean)
+            L, info = torch.linalg.cholesky_ex(A)
+            if not info:
+                return cls(L, share * mean)
+        raise AssertionError("a positive semidefinite matrix plus its mean eigenvalue is positive definite")
+
+
+def closed_form(
+    moments: Moments,
+    rank: int,
+    *,
+    prior: Tensor | None = None,
+    root: Root | None = None,
+    metric: Tensor | None = None,
+) -> Fit:
     """The best factors of a rank for some moments.
 
     Args:
         moments: of the layer's inputs and the outputs that it should give.
         rank: k, 1 <= k <= min(m, n).
-        prior: W (m, n) float64 to be pulled towards; None for no ridge.
-        ridge: how strongly, as a share of K's mean eigenvalue.
+        prior: W (m, n) to be pulled towards; None for no pull.
+        root: of `moments.centred().K` with the ridge; made here where it is not given.
+        metric: d (m,) > 0: what is minimised is `sum |diag(d) (y - W' x~)|^2`; None for ones.
 
     Raises:
         ValueError: the rank does not fit.
     """
     centred = moments.centred()
-    m, n = centred.T.shape
+    root = root or Root.of(centred.K, RIDGE if prior is not None else 0.0)
+    M = _whitened(centred, prior, root)
+    m, n = M.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} does not fit a layer of {m} x {n}")
-    K, T = centred.K, centred.T
-    if prior is not None:
-        strength = ridge * float(K.diagonal().mean())
-        K, T = K + strength * torch.eye(n, dtype=K.dtype), T + strength * prior
-    eigenvalues, P = torch.linalg.eigh(K)
-    floor = FLOOR * max(float(eigenvalues.clamp(min=0).mean()), torch.finfo(torch.float64).tiny)
-    root = eigenvalues.clamp(min=floor).rsqrt()
-    M = (T @ P) * root  # T K^-1/2 P, (m, n)
-    if m <= n:
-        Q = torch.linalg.eigh(M @ M.T).eigenvectors[:, -rank:]
-        A, B = Q, (M.T @ Q)
+    if metric is not None:
+        M = M * metric[:, None].to(M.dtype)
+    if min(m, n) > EXACT_SIDE:
+        svd = truncated_svd(M, rank)
+        A, B = svd.U.double(), svd.V.double() * svd.s.double()
+    elif m <= n:
+        A = torch.linalg.eigh(M @ M.T).eigenvectors[:, -rank:]
+        B = M.T @ A
     else:
-        Q = torch.linalg.eigh(M.T @ M).eigenvectors[:, -rank:]
-        A, B = M @ Q, Q
-    U, s, V = sct_form(A, P @ (root[:, None] * B))
+        B = torch.linalg.eigh(M.T @ M).eigenvectors[:, -rank:]
+        A = M @ B
+    A = A if metric is None else A / metric[:, None]
+    U, s, V = sct_form(A, torch.linalg.solve_triangular(root.L.T, B, upper=True))
     bias = None
     if moments.mean_x is not None and moments.mean_y is not None:
         bias = moments.mean_y - U @ (s * (V.T @ moments.mean_x))
     return Fit(U.float(), s.float(), V.float(), bias, _error(centred, U, s, V))
+
+
+def closed_form_dense(moments: Moments, *, prior: Tensor | None = None, root: Root | None = None) -> DenseFit:
+    """The same without a limit to the rank: `W' = (T + r W) (K + r I)^-1`, ridge regression towards W."""
+    centred = moments.centred()
+    root = root or Root.of(centred.K, RIDGE if prior is not None else 0.0)
+    W = torch.linalg.solve_triangular(root.L.T, _whitened(centred, prior, root).T, upper=True).T
+    bias = None
+    if moments.mean_x is not None and moments.mean_y is not None:
+        bias = moments.mean_y - W @ moments.mean_x
+    T = centred.T if centred.W is None else centred.W.double() @ centred.T
+    square = centred.yy - 2.0 * float((T * W).sum()) + float(((W @ centred.K) * W).sum())
+    return DenseFit(W.float(), bias, math.sqrt(max(0.0, square) / centred.yy) if centred.yy > 0.0 else 0.0)
+
+
+def rank_by_output_energy(
+    moments: Moments, energy: float, *, prior: Tensor, root: Root, metric: Tensor | None = None
+) -> int:
+    """The least rank whose whitened factors keep a share of ||D M||_F^2, that is, of the outputs' weighted energy."""
+    M = _whitened(moments.centred(), prior, root)
+    return rank_for_energy(singular_values(M if metric is None else M * metric[:, None].to(M.dtype)), energy)
+
+
+def closed_form_dual(
+    x: Tensor, y: Tensor, rank: int, *, prior: Tensor, ridge: float = RIDGE, metric: Tensor | None = None
+) -> Fit:
+    """`closed_form` of a layer without bias, from tokens in place of moments: no matrix is n x n.
+
+    Args:
+        x: (N, n) float32, the layer's inputs.
+        y: (N, m) float32, the outputs that it should give; overwritten.
+        rank: k, 1 <= k <= min(m, n).
+        prior: W (m, n) float32 to be pulled towards.
+        ridge: how strongly, as a share of K's mean eigenvalue.
+        metric: as there.
+
+    Raises:
+        ValueError: the rank does not fit.
+    """
+    m, n = prior.shape
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank {rank} does not fit a layer of {m} x {n}")
+    columns = [slice(start, start + _BLOCK) for start in range(0, n, _BLOCK)]
+    yy = float(y.double().square().sum())
+    G = torch.zeros(len(x), len(x), dtype=torch.float64)
+    for block in columns:
+        part = x[:, block].double()
+        G.addmm_(part, part.T)
+    r = max(ridge, _FLOOR) * max(float(G.diagonal().sum()) / n, torch.finfo(torch.float64).tiny ** 0.5)
+    residual = y.sub_(x @ prior.T)  # E^T (N, m)
+    G.diagonal().add_(r)
+    alpha = torch.cholesky_solve(residual.double(), torch.linalg.cholesky(G))  # (N, m)
+    G.diagonal().sub_(r)
+    # M M^T for M = W_full (K + r I)^1/2, W_full = W + alpha^T X: its eigenvectors are M's left singular vectors
+    gram = torch.zeros(m, m, dtype=torch.float64)
+    outputs = (x @ prior.T).double().addmm_(G, alpha)  # (N, m), what W_full gives
+    gram.addmm_(outputs.T, outputs)
+    target = residual.double().add_(x @ prior.T)
+    full = torch.empty_like(prior)
+    for block in columns:
+        part = prior[:, block].double().addmm_(alpha.T, x[:, block].double())
+        gram.addmm_(part, part.T, alpha=r)
+        full[:, block] = part.float()
+    d = torch.ones(m, 1, dtype=torch.float64) if metric is None else metric[:, None].double()
+    gram.mul_(d).mul_(d.T)
+    if m > EXACT_SIDE:
+        Q = truncated_svd(gram, rank, tolerance=1e-6).U.double()
+    else:
+        Q = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    B = torch.cat([full[:, block].T.double() @ (d * Q) for block in columns])
+    U, s, V = sct_form(Q / d, B)
+    lost = sum(
+        float((y - (part.double() @ V * s) @ U.T).square().sum())
+        for part, y in zip(x.split(_BLOCK // 8), target.split(_BLOCK // 8), strict=True)
+    )
+    return Fit(U.float(), s.float(), V.float(), None, math.sqrt(lost / yy) if yy > 0.0 else 0.0)
 
 
 def sct_form(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,10 +249,24 @@ def sct_form(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return Qa @ P, s, Qb @ Rt.T
 
 
+def _whitened(moments: Moments, prior: Tensor | None, root: Root) -> Tensor:
+    """M = (T + r W) L^-T (m, n) float64; in float32 where it is large and only a product, W (X + r I) L^-T."""
+    if moments.W is None:
+        T = moments.T if prior is None else moments.T + root.ridge * prior
+        return torch.linalg.solve_triangular(root.L, T.T, upper=False).T
+    S = moments.T
+    if prior is not None:
+        S = S.clone()
+        S.diagonal().add_(root.ridge)
+    S = torch.linalg.solve_triangular(root.L, S.T, upper=False).T
+    return moments.W @ S.float() if min(moments.W.shape) > EXACT_SIDE else moments.W.double() @ S
+
+
 def _error(moments: Moments, U: Tensor, s: Tensor, V: Tensor) -> float:
     """sum |y - W' x|^2 = yy - 2 <T, W'> + <W' K, W'>, over yy."""
     if not moments.yy > 0.0:
         return 0.0
-    cross = float(((U.T @ moments.T) * (s[:, None] * V.T)).sum())
+    left = U.T if moments.W is None else (moments.W.T.double() @ U).T
+    cross = float(((left @ moments.T) * (s[:, None] * V.T)).sum())
     square = float(((V.T @ moments.K @ V) * torch.outer(s, s)).diagonal().sum())
     return math.sqrt(max(0.0, moments.yy - 2.0 * cross + square) / moments.yy)

@@ -11,17 +11,23 @@ from sctconv.errors import OptionError
 STORAGE_DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of `--dtype` -> on-disk names."""
 
+ALLOCATIONS: Final = ("uniform", "measured")
+
 GROUPS: Final = ("mlp", "attention", "all")
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to choose ranks, layers and storage. Exactly one of `rank`, `energy` and `ratio` is given.
+    """How to choose ranks, layers and storage. Exactly one of `rank`, `energy`, `ratio` and `target_size` is given.
 
     Attributes:
         rank: the rank of every factored layer.
-        energy: the least rank of each layer that keeps this share of ||W||_F^2, in (0, 1).
+        energy: the least rank of each layer that keeps this share, in (0, 1), of its outputs' energy on the calibration
+            text; of ||W||_F^2 without one.
         ratio: the share of its parameters that each factored layer keeps, in (0, 1).
+        target_size: bytes that the file may have at most; the largest rank for all layers that fits.
+        allocate: `uniform`, as the four above say; or `measured`, which takes only the number of parameters from them and
+            gives each layer the rank that is best for the whole (needs calibration; not with energy).
         modules: `mlp`, `attention`, `all` (both), or a regular expression searched in the layers' names.
         dtype: `float32`, `bfloat16` or `float16` for every floating tensor; None keeps each tensor's own.
         device: where the SVDs run, as torch names it.
@@ -30,6 +36,10 @@ class ConvertOptions:
             plain truncation of each weight.
         calibration_tokens: how many tokens to fit on, over all texts.
         calibration_context: tokens in a window.
+        refine: steps of gradient descent on each block after its closed form, and then, where the model fits in memory,
+            on the whole model; 0 for none.
+        refit: whether linear layers of the blocks that stay dense are fitted as well.
+        max_memory: bytes that a calibrated conversion may hold; None for three quarters of the machine's.
 
     Raises:
         OptionError: a value is out of range, or not exactly one of the three is given.
@@ -38,6 +48,8 @@ class ConvertOptions:
     rank: int | None = None
     energy: float | None = None
     ratio: float | None = None
+    target_size: int | None = None
+    allocate: str = "uniform"
     modules: str = "mlp"
     dtype: str | None = None
     device: str = "cpu"
@@ -45,20 +57,33 @@ class ConvertOptions:
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 131_072
     calibration_context: int = 512
+    refine: int = 0
+    refit: bool = True
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank", "energy", "ratio") if getattr(self, name) is not None]
+        budgets = ("rank", "energy", "ratio", "target_size")
+        given = [f"--{name.replace('_', '-')}" for name in budgets if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(f"--{name}" for name in given) or "none of them"
-            raise OptionError(f"give exactly one of --rank, --energy and --ratio; found {found}")
+            found = " and ".join(given) or "none of them"
+            raise OptionError(f"give exactly one of --rank, --energy, --ratio and --target-size; found {found}")
         if self.rank is not None and self.rank < 1:
             raise OptionError(f"--rank {self.rank}: a rank is at least 1")
         for name in ("energy", "ratio"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
                 raise OptionError(f"--{name} {value:g}: a share lies between 0 and 1, both excluded")
-        if self.calibration and self.energy is not None:
-            raise OptionError("--energy is of the weights alone; with --calibration give --rank or --ratio")
+        if self.target_size is not None and self.target_size < 1:
+            raise OptionError(f"--target-size {self.target_size}: a number of bytes")
+        if self.allocate not in ALLOCATIONS:
+            raise OptionError(f"--allocate {self.allocate}: choose one of {', '.join(ALLOCATIONS)}")
+        if self.allocate == "measured" and self.energy is not None:
+            raise OptionError("--allocate measured and --energy both decide each layer's rank; give one of them")
+        if self.refine < 0:
+            raise OptionError(f"--refine {self.refine}: a number of steps")
+        for name, value in (("--allocate measured", self.allocate == "measured"), ("--refine", self.refine)):
+            if value and not self.calibration:
+                raise OptionError(f"{name} needs calibration text; give --calibration and leave out --data-free")
         for name, least in (("calibration_tokens", self.calibration_context), ("calibration_context", 2)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
@@ -73,16 +98,18 @@ class ConvertOptions:
 
     @property
     def label(self) -> str:
-        """A word for file names: `r128`, `e0.95` or `x0.5`."""
+        """A word for file names: `r128`, `e0.95`, `x0.5` or `98MB`."""
         for letter, value in (("r", self.rank), ("e", self.energy), ("x", self.ratio)):
             if value is not None:
                 return f"{letter}{value:g}"
-        raise AssertionError("one of the three is given")
+        assert self.target_size is not None
+        return f"{self.target_size / 1e6:g}MB"
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the result, for the provenance: everything but the device and what calibration records itself."""
+        """What decides the result, for the provenance: not where it ran, and not what calibration records itself."""
+        left_out = {"device", "max_memory", *([] if self.calibration else ["allocate", "refine", "refit"])}
         return {
             key: value
             for key, value in asdict(self).items()
-            if value is not None and key != "device" and not key.startswith("calibration")
+            if value is not None and key not in left_out and not key.startswith("calibration")
         }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,7 @@ from .calibrated import Calibrated
 from .fit import Fit
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
+from .report import write_report
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done, the whole work (in one arbitrary unit) and the name of what is being worked on."""
@@ -60,6 +62,8 @@ class ConvertReport:
         seconds: wall time.
         peak_rss_bytes: largest resident memory of the process, None where unknown.
         quality: of a calibrated conversion, what the held-out windows say; see `Calibrated.facts`.
+        memory_limit_bytes: what a calibrated conversion was to keep to.
+        report: the page of pictures that was written beside the file, if any.
     """
 
     output: str
@@ -73,6 +77,8 @@ class ConvertReport:
     seconds: float
     peak_rss_bytes: int | None
     quality: dict[str, Any] | None = None
+    memory_limit_bytes: int | None = None
+    report: str | None = None
 
 
 @dataclass
@@ -99,6 +105,7 @@ def convert(
     *,
     overwrite: bool = False,
     low_disk: bool = False,
+    report: bool = False,
     progress: Progress | None = None,
     must_shrink: bool = True,
 ) -> ConvertReport:
@@ -114,6 +121,7 @@ def convert(
         options: layers, ranks, storage.
         overwrite: whether a file that stands at `output` may be replaced.
         low_disk: of a Hub checkpoint, keep one shard on the disk at a time.
+        report: whether to draw `OUT.report.html` as well.
         progress: called as the work goes on.
         must_shrink: whether a layer stays dense where factors would take more; tests turn it off for the full rank.
 
@@ -130,13 +138,21 @@ def convert(
     plan = make_plan(model, options, must_shrink=must_shrink)
     path = Path(output) if output is not None else default_output(source, options)
     check_target(path, overwrite=overwrite)
-    _check_space(path, plan, source)
-    calibrated = Calibrated(model, plan, options) if options.calibration else None
+    page = path.with_suffix(".report.html") if report else None
+    if page is not None:
+        check_target(page, overwrite=overwrite)
+    _check_space(path, plan)
+    calibrated = None
+    if options.calibration:
+        calibrated = Calibrated(model, plan, options, path.absolute().parent, progress=_of_one(progress))
+        plan = calibrated.plan
     run = _Conversion(model, plan, options, device, must_shrink, calibrated)
     with SctWriter(path, overwrite=overwrite) as out:
         run.write(out, progress)
         out.metadata.update(run.metadata())
         out.commit()
+    if page is not None:
+        write_report(path, page, overwrite=overwrite)
     return ConvertReport(
         output=str(path),
         bytes=path.stat().st_size,
@@ -149,7 +165,30 @@ def convert(
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
         quality=calibrated.facts() if calibrated else None,
+        memory_limit_bytes=calibrated.memory.limit if calibrated else None,
+        report=str(page) if page else None,
     )
+
+
+def plan_conversion(
+    source: str | Source, options: ConvertOptions, *, low_disk: bool = False, progress: Progress | None = None
+) -> Plan:
+    """What `convert` would do: the plan of a dry run; with measured allocation that takes the measuring.
+
+    Raises:
+        As `convert`, but for the output.
+    """
+    model = DenseModel(open_source(source, low_disk=low_disk) if isinstance(source, str) else source)
+    plan = make_plan(model, options)
+    if options.allocate == "measured":
+        with tempfile.TemporaryDirectory() as directory:
+            plan = Calibrated(model, plan, options, Path(directory), progress=_of_one(progress)).plan
+    return plan
+
+
+def _of_one(progress: Progress | None) -> Callable[[float, str], None] | None:
+    """For those who know only the share of the work that is done."""
+    return None if progress is None else lambda share, what: progress(share, 1.0, what)
 
 
 def default_output(source: Source, options: ConvertOptions) -> Path:
@@ -173,9 +212,7 @@ class _Conversion:
     def write(self, out: SctWriter, progress: Progress | None) -> None:
         tensors = self.model.tensors
         work = _Work(sum(self._cost(name) for name in tensors), progress)
-        if self.calibrated and progress:
-            # the copying counts for nothing beside the sweep, whose own share of the whole is the estimate
-            self.calibrated.progress = lambda share, what: progress(share, 1.0, what)
+        if self.calibrated:  # it reports itself, and copying counts for nothing beside it
             work.progress = None
         hashed: set[Path] = set()
         for name, info in tensors.items():
@@ -192,10 +229,6 @@ class _Conversion:
 
     def _tensor(self, out: SctWriter, name: str, info: TensorInfo) -> None:
         layer = self.plan.layers.get(name)
-        if self.calibrated and (bias := self.calibrated.bias(name)) is not None:
-            self.parameters += info.size
-            out.add_tensor(name, bias, dtype=self.plan.stored_dtype(info))
-            return
         if layer is not None and layer.reason is None:
             layer = self._factor(out, name, info, layer)
         if layer is not None and layer.rank is not None:
@@ -205,16 +238,20 @@ class _Conversion:
             self.dense.append(layer)
         self.parameters += info.size
         dtype = self.plan.stored_dtype(info)
-        out.add_tensor(name, _checked(self.model.chunks(name), name, dtype), dtype=dtype, shape=info.shape)
+        fitted = self.calibrated.tensor(name) if self.calibrated else None
+        chunks = self.model.chunks(name) if fitted is None else iter([fitted])
+        out.add_tensor(name, _checked(chunks, name, dtype), dtype=dtype, shape=info.shape)
 
     def _factor(self, out: SctWriter, name: str, info: TensorInfo, layer: LayerPlan) -> LayerPlan:
         """Writes the factors of a weight; or nothing, where its energy asks for a rank that would not shrink it."""
+        fit = self.calibrated.fit(layer.name) if self.calibrated else None
+        if self.calibrated and layer.name in self.calibrated.dense:
+            return replace(layer, reason=f"energy {self.options.energy:g} asks for a rank that would not shrink it")
         W = to_torch(read_tensor(self.model, name, np.float32)).to(self.device)
         W = W.T if layer.transposed else W
-        fit = self.calibrated.fit(layer.name) if self.calibrated else None
         if fit is not None:
             self._write_fit(out, layer, fit, W, TORCH_DTYPES[self.plan.factor_dtype(info)], name)
-            return layer
+            return replace(layer, rank=len(fit.s))
         if layer.rank is None:
             assert self.options.energy is not None
             rank = rank_for_energy(singular_values(W, name=name), self.options.energy)
@@ -232,8 +269,8 @@ class _Conversion:
     ) -> None:
         """Writes fitted factors. They are not the weight's nearest, so no energy of it is kept, and the error is larger."""
         norm = check_finite(W, name)
-        U, s, V = fit.U.to(dtype), fit.s, fit.V.to(dtype)
-        error = residual_norm(W.cpu(), U, s, V) / norm if norm else 0.0
+        U, s, V = fit.U.to(W.device, dtype), fit.s.to(W.device), fit.V.to(W.device, dtype)
+        error = residual_norm(W, U, s, V) / norm if norm else 0.0
         self._write_factors(out, layer, (U, s, V), None, error, {"output_error": fit.error})
 
     def _write_factors(
@@ -300,8 +337,8 @@ def _checked(chunks: Iterator[np.ndarray], name: str, dtype: str) -> Iterator[np
         yield chunk
 
 
-def _check_space(path: Path, plan: Plan, source: Source) -> None:
-    needed = plan.bytes + sum(len(data) for data in source.files.values())
+def _check_space(path: Path, plan: Plan) -> None:
+    needed = plan.bytes + plan.files
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OutputError(f"{path}: needs {needed} bytes, but only {free} are free on the disk; write elsewhere")

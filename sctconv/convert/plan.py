@@ -15,6 +15,14 @@ from sctconv.sources.weights import DenseModel
 
 from .options import GROUPS, STORAGE_DTYPES, ConvertOptions
 
+_ENTRY: Final = 64 + 256
+"""Padding of a tensor and its entry in the index, without its name, at most; of each of a layer's three."""
+
+_RECORD: Final = 1024
+"""A factored layer's record in the index, and what the metadata say of it."""
+
+_METADATA: Final = 64 << 10
+
 _ATTENTION: Final = re.compile(r"attn|attention", re.IGNORECASE)
 _OTHER: Final = re.compile(r"mixer|mamba|ssm|rnn|recurrent", re.IGNORECASE)
 _ROUTER: Final = re.compile(r"(?:shared_expert_)?gate|router", re.IGNORECASE)
@@ -65,11 +73,13 @@ class Plan:
         layers: the selected layers by the name of their weight, in the model's order.
         tensors: every tensor of the checkpoint.
         dtype: on-disk dtype for floating tensors; None for their own.
+        files: bytes of the files that go along.
     """
 
     layers: dict[str, LayerPlan]
     tensors: dict[str, TensorInfo]
     dtype: str | None
+    files: int = 0
 
     def stored_dtype(self, info: TensorInfo) -> str:
         """The on-disk dtype of a tensor."""
@@ -88,6 +98,13 @@ class Plan:
     def bytes(self) -> int:
         """Bytes of all tensors as planned; layers that energy is yet to decide count as dense."""
         return sum(self._bytes(info, self._size(name, info)) for name, info in self.tensors.items())
+
+    @property
+    def file_bytes(self) -> int:
+        """What the file will have at most: tensors, files, and a generous index."""
+        factored = sum(layer.reason is None for layer in self.layers.values())
+        entries = sum(len(name.encode()) + _ENTRY for name in self.tensors) * (3 if factored else 1)
+        return self.bytes + self.files + entries + factored * _RECORD + _METADATA
 
     @property
     def dense_parameters(self) -> int:
@@ -115,8 +132,10 @@ def make_plan(model: DenseModel, options: ConvertOptions, *, must_shrink: bool =
         must_shrink: whether a layer stays dense where factors would take more; tests turn it off for the full rank.
 
     Raises:
-        OptionError: nothing is selected, or nothing that is selected can be factored at this rank.
+        OptionError: nothing is selected, or nothing that is selected can be factored at this rank or to this size.
     """
+    if options.target_size is not None:
+        return _largest_within(model, options, options.target_size)
     layers = {}
     for layer in _select(model.skeleton, options.modules):
         weight = f"{layer.name}.weight"
@@ -130,7 +149,26 @@ def make_plan(model: DenseModel, options: ConvertOptions, *, must_shrink: bool =
         layers[weight] = layer
     _check_rank(list(layers.values()), options)
     dtype = STORAGE_DTYPES[options.dtype] if options.dtype else None
-    return Plan({name: layers[name] for name in model.tensors if name in layers}, dict(model.tensors), dtype)
+    files = sum(len(data) for data in model.source.files.values())
+    return Plan({name: layers[name] for name in model.tensors if name in layers}, dict(model.tensors), dtype, files)
+
+
+def _largest_within(model: DenseModel, options: ConvertOptions, size: int) -> Plan:
+    """The plan of the largest rank for all layers whose file is not larger than a size."""
+
+    def plan(rank: int) -> Plan:
+        return make_plan(model, replace(options, target_size=None, rank=rank))
+
+    low, high = 1, max(layer.largest_useful_rank for layer in plan(1).layers.values())
+    smallest, largest = plan(low).file_bytes, plan(high).file_bytes
+    if smallest > size:
+        raise OptionError(f"--target-size {size}: at rank 1 the file still takes {smallest} bytes")
+    if largest <= size:
+        raise OptionError(f"--target-size {size}: factored at any rank it is smaller, {largest} bytes at most")
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if plan(middle).file_bytes <= size else (low, middle)
+    return plan(low)
 
 
 def _select(skeleton: Any, modules: str) -> Iterator[LayerPlan]:
@@ -149,6 +187,11 @@ def _select(skeleton: Any, modules: str) -> Iterator[LayerPlan]:
     for name in names:
         shape = shapes[name]
         yield LayerPlan(name, shape.out, shape.in_, shape.bias, shape.transposed)
+
+
+def is_fittable(model: DenseModel, name: str) -> bool:
+    """Whether a linear layer that stays dense may be fitted to calibration text: one of a block's, and no other's too."""
+    return _group(name) is not None and _must_stay(model, f"{name}.weight") is None
 
 
 def _group(name: str) -> str | None:

@@ -75,7 +75,19 @@ def main() -> None:
             make(source)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         output = Path(temporary) / "large.sct"
-        command = [sys.executable, "-m", "sctconv", "convert", str(source), "-o", str(output), "--rank", "128"]
+        command = [
+            sys.executable,
+            "-m",
+            "sctconv",
+            "convert",
+            str(source),
+            "-o",
+            str(output),
+            "--rank",
+            "128",
+            "--data-free",
+            "--no-report",
+        ]
         result = subprocess.run(
             [*command, "--modules", "all", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
         )

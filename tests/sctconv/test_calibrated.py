@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,14 @@ import sctconv
 from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
-from sctconv.convert.blocks import Decoder
+from sctconv.convert.allocate import TRIALS, Sensitivity, knapsack
+from sctconv.convert.budget import MemoryPlan, plan_memory
 from sctconv.convert.calibration import CalibrationError, load_calibration
+from sctconv.convert.decoder import Decoder
+from sctconv.convert.metric import CLAMP, output_metric
+from sctconv.convert.plan import LayerPlan, make_plan
+from sctconv.convert.sweep import Sweep
+from sctconv.errors import OptionError
 from sctconv.runtime.skeleton import linear_layers, load_tokenizer
 from sctconv.runtime.verify import verify
 from sctconv.sources import open_source
@@ -136,11 +143,76 @@ def test_a_dense_block_runs_as_in_the_model(tmp_path: Path) -> None:
         model = DenseModel(open_source(str(_source(family, tmp_path))))
         decoder = Decoder(model, list(linear_layers(model.skeleton)))
         ids = torch.arange(2 * 40).reshape(2, 40) % 256
-        states = decoder.embed([ids])
+        states = list(decoder.embed([ids]))
         for place in range(len(decoder)):
             states = [decoder.block(place, states[0]).run(states[0])]
         (found,) = decoder.head(states, [ids])
         torch.testing.assert_close(found, logits(tiny_model(family, vocab_size=260), ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(batch=4), MemoryPlan(batch=1)])
+def test_hidden_states_on_disk_are_those_in_memory(plan: MemoryPlan, tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    for spill in (None, tmp_path):
+        _sweep(source, replace(plan, spill=spill), tmp_path / f"{bool(spill)}.pt")
+    kept, spilled = (torch.load(tmp_path / f"{name}.pt") for name in ("False", "True"))
+    for name, W in kept.items():
+        assert torch.equal(W, spilled[name]), name
+
+
+def test_layers_too_wide_for_a_gram_matrix_are_fitted_from_tokens(tmp_path: Path) -> None:
+    source = _source("olmo2", tmp_path)  # no biases, which tokens leave as they are and moments correct
+    _sweep(source, MemoryPlan(), tmp_path / "moments.pt")
+    _sweep(source, MemoryPlan(gram_side=8, dual_tokens=1 << 20), tmp_path / "tokens.pt")
+    moments, tokens = (torch.load(tmp_path / f"{name}.pt") for name in ("moments", "tokens"))
+    for name, W in moments.items():
+        assert float((W - tokens[name]).norm()) < 1e-3 * float(W.norm()), name
+
+
+def _sweep(source: Path, memory: MemoryPlan, out: Path) -> None:
+    """Runs a sweep and saves the products of all factors."""
+    model = DenseModel(open_source(str(source)))
+    texts = load_calibration((str(source.parent / "text.txt"),), _tokenizer(source), tokens=2048, context=64)
+    decoder = Decoder(model, list(linear_layers(model.skeleton)))
+    fits: dict[str, Any] = {}
+    for block in Sweep(decoder, dict.fromkeys(decoder.layers, 8), texts, memory).run():
+        fits |= block.fits
+    torch.save({name: (fit.U * fit.s) @ fit.V.T for name, fit in fits.items()}, out)
+
+
+def test_a_memory_budget_is_kept_or_refused(tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    with pytest.raises(OptionError, match=r"--max-memory 0.000977GiB: calibration holds .* at least 0\.\d\d GiB"):
+        convert(str(source), tmp_path / "o.sct", _options(source, max_memory=1 << 20))
+    assert not list(tmp_path.glob("*.sct*"))
+    decoder = Decoder(DenseModel(open_source(str(source))), ["model.layers.0.mlp.up_proj"])
+    roomy = plan_memory(decoder, 1000, 64, limit=1 << 40, directory=tmp_path)
+    assert roomy.batch == 4 and roomy.spill is None and roomy.estimate < roomy.limit
+    tight = plan_memory(decoder, 1 << 40, 64, limit=roomy.estimate, directory=tmp_path)
+    assert tight.spill == tmp_path and tight.estimate <= tight.limit
+
+
+def test_dense_layers_are_fitted_too_unless_told_not_to(tmp_path: Path) -> None:
+    source = _source("gpt2", tmp_path)
+    kl = []
+    for refit in (False, True):
+        report = convert(str(source), tmp_path / f"{refit}.sct", _options(source, modules="mlp", refit=refit))
+        assert report.quality is not None
+        kl.append(report.quality["held_out"]["kl"])
+        dense = tiny_model("gpt2", vocab_size=260).state_dict()["transformer.h.1.attn.c_proj.weight"]
+        with SctFile(tmp_path / f"{refit}.sct") as file:
+            stored = torch.from_numpy(file.tensor("transformer.h.1.attn.c_proj.weight").copy())
+        assert torch.equal(stored, dense) is not refit
+    assert kl[1] < kl[0]
+
+
+def test_energy_is_of_the_outputs(tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    report = convert(str(source), tmp_path / "o.sct", _options(source, rank=None, energy=0.6))
+    assert report.layers and all(record.rank < 16 for record in report.layers)
+    assert len({record.rank for record in report.layers}) > 1
+    report = convert(str(source), tmp_path / "p.sct", _options(source, rank=None, energy=0.999999))
+    assert report.dense and all("energy 0.999999 asks for a rank" in str(layer.reason) for layer in report.dense)
 
 
 def test_mixtures_take_equal_shares_and_jsonl_its_text(tmp_path: Path) -> None:
@@ -187,5 +259,114 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "output error" in result.stdout and "held-out calibration tokens: perplexity" in result.stdout
     both = CliRunner().invoke(main, [*args, "--calibration", str(tmp_path / "text.txt"), "--data-free", "--overwrite"])
     assert both.exit_code == 2 and "exclude each other" in both.stderr
-    energy = CliRunner().invoke(main, ["convert", str(source), "--energy", "0.5", "--calibration", "x.txt"])
-    assert energy.exit_code == 2 and "--energy" in energy.stderr
+    small = CliRunner().invoke(main, [*args, "--calibration", "x.txt", "--max-memory", "8 Gib", "--overwrite"])
+    assert small.exit_code == 2 and "'8 Gib'" in small.stderr and "8GiB" in small.stderr
+
+
+def test_without_text_and_without_a_way_to_it_one_line_names_both_options(tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    result = CliRunner().invoke(main, ["convert", str(source), "-o", str(tmp_path / "o.sct"), "--rank", "6"])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert "--calibration FILE" in result.stderr and "--data-free" in result.stderr and "wikitext" in result.stderr
+    assert not list(tmp_path.glob("*.sct*"))
+
+
+def test_the_report_lies_beside_the_file(tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    text = str(tmp_path / "text.txt")
+    args = ["convert", str(source), "-o", str(tmp_path / "o.sct"), "--rank", "6", "--calibration-tokens", "2048"]
+    assert CliRunner().invoke(main, [*args, "--calibration", text]).exit_code == 0
+    assert "mlp.up_proj" in (tmp_path / "o.report.html").read_text()
+    (tmp_path / "o.sct").unlink()
+    again = CliRunner().invoke(main, [*args, "--calibration", text])
+    assert again.exit_code == 1 and "o.report.html" in again.stderr and not (tmp_path / "o.sct").exists()
+    assert CliRunner().invoke(main, [*args, "--calibration", text, "--no-report"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rank", "4", "--target-size", "1MB"], ["exactly one of", "--rank and --target-size"]),
+        (["--rank", "4", "--data-free", "--allocate", "measured"], ["--allocate measured needs calibration"]),
+        (["--rank", "4", "--data-free", "--refine", "5"], ["--refine needs calibration"]),
+        (["--energy", "0.5", "--allocate", "measured"], ["--allocate measured and --energy"]),
+        (["--target-size", "1kB", "--data-free"], ["--target-size 1000: at rank 1 the file still takes"]),
+        (["--target-size", "1TB", "--data-free"], ["--target-size 1000000000000: factored at any rank it is smaller"]),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], words: list[str], tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    result = CliRunner().invoke(main, ["convert", str(source), "-o", str(tmp_path / "o.sct"), *options])
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_the_file_is_within_its_target_and_one_rank_more_would_not_be(tmp_path: Path) -> None:
+    source = _source("llama", tmp_path)
+    sizes = {}
+    for rank in (3, 8):
+        options = ConvertOptions(rank=rank, modules="all")
+        sizes[rank] = make_plan(DenseModel(open_source(str(source))), options).file_bytes
+    report = convert(str(source), tmp_path / "o.sct", ConvertOptions(target_size=sizes[8], modules="all"))
+    assert {record.rank for record in report.layers} == {8} and report.bytes <= sizes[8]
+    report = convert(str(source), tmp_path / "p.sct", ConvertOptions(target_size=sizes[8] - 1, modules="all"))
+    assert {record.rank for record in report.layers} == {7}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_refinement_and_measured_ranks(family: str, tmp_path: Path) -> None:
+    """Never worse than what they start from, on held-out text; the same parameters; all of it in the index."""
+    source = _source(family, tmp_path)
+    plain = convert(str(source), tmp_path / "plain.sct", _options(source))
+    options = _options(source, allocate="measured", refine=10)
+    report = convert(str(source), tmp_path / "o.sct", options)
+    assert report.quality is not None and plain.quality is not None
+    assert report.parameters <= plain.parameters
+    trials = report.quality["allocation"]["trials"]
+    assert min(trial["kl"] for trial in trials) <= trials[0]["kl"]
+    assert len(trials) == TRIALS or trials[0]["kl"] == min(trial["kl"] for trial in trials)
+    assert set(report.quality["allocation"]["layer_kl"]) >= {record.name for record in report.layers}
+    assert all(min(losses) <= losses[0] for losses in report.quality["refinement"])
+    assert min(report.quality["tuning"]) <= report.quality["tuning"][0]
+    verify(tmp_path / "o.sct")
+    loaded = sctconv.load(tmp_path / "o.sct")
+    texts = load_calibration(options.calibration, loaded.tokenizer, tokens=4096, context=64)
+    log = torch.log_softmax(logits(loaded.model, texts.held_out)[:, :-1].double(), -1)
+    nll = -float(log.gather(2, texts.held_out[:, 1:, None]).mean())
+    assert nll == pytest.approx(min(report.quality["tuning"]), rel=2e-3), "what was tuned is what was written"
+
+
+def test_knapsack_spends_where_harm_is_and_keeps_floors() -> None:
+    layers = {name: LayerPlan(name, 32, 64, False, False, rank=8) for name in "abc"}
+    tail = torch.linspace(1.0, 0.0, 33, dtype=torch.float64).square()
+    sensitivities = {name: Sensitivity(kl, 8, tail, 0.5) for name, kl in zip("abc", (1.0, 0.01, 0.0), strict=True)}
+    budget = 3 * layers["a"].parameters
+    ranks = knapsack(layers, sensitivities, budget, 0.0, 1.0)
+    sizes = {name: layers[name].out * 64 if rank is None else rank * 97 for name, rank in ranks.items()}
+    assert sum(sizes.values()) <= budget and sizes["a"] > sizes["b"] >= sizes["c"] >= 2 * 97
+    assert knapsack(layers, sensitivities, 10**6, 0.0, 1.0) == dict.fromkeys("abc"), "all dense where all fits"
+    late = {name: replace(sensitivities["a"], depth=depth) for name, depth in zip("abc", (0.0, 0.5, 1.0), strict=True)}
+    assert [*knapsack(layers, late, budget, 3.0, 1.0).values()] == sorted(
+        knapsack(layers, late, budget, 3.0, 1.0).values()
+    )
+
+
+def test_the_metric_is_the_gradient_of_the_whole_model(tmp_path: Path) -> None:
+    """Block by block equals one backward pass through transformers' own model."""
+    for family in ("llama", "gemma3", "gpt_neox"):
+        source = _source(family, tmp_path)
+        whole = tiny_model(family, vocab_size=260)
+        decoder = Decoder(DenseModel(open_source(str(source))), list(linear_layers(whole)))
+        batches = list((torch.arange(4 * 40).reshape(4, 40) % 256).split(2))
+        found = output_metric(decoder, batches, MemoryPlan())
+        name = decoder.layers[1]
+        squares = []
+        whole.get_submodule(name).register_full_backward_hook(
+            lambda module, given, gradients, squares=squares: squares.append(gradients[0].double().square().sum((0, 1)))
+        )
+        for batch in batches:
+            out = whole(input_ids=batch, use_cache=False).logits[:, :-1]
+            torch.nn.functional.cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+        square = torch.stack(squares).sum(0)
+        expected = (square / square.mean()).sqrt().clamp(1 / CLAMP, CLAMP)
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-3)

@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(source: Path) -> Path:
     path = source.parent / "tiny.sct"
-    assert run("convert", source, "-o", path, "--rank", 6).exit_code == 0
+    assert run("convert", source, "-o", path, "--rank", 6, "--data-free").exit_code == 0
     return path
 
 
@@ -64,7 +64,7 @@ def fails(result: Result, *words: str, code: int = 1) -> None:
 
 
 def test_convert_prints_a_line_a_layer_and_a_plain_warning(source: Path, tmp_path: Path) -> None:
-    result = run("convert", source, "-o", tmp_path / "o.sct", "--rank", 6)
+    result = run("convert", source, "-o", tmp_path / "o.sct", "--rank", 6, "--data-free")
     assert result.exit_code == 0
     for layer in range(2):
         for name in ("gate", "up", "down"):
@@ -73,7 +73,7 @@ def test_convert_prints_a_line_a_layer_and_a_plain_warning(source: Path, tmp_pat
 
 
 def test_convert_json(source: Path, tmp_path: Path) -> None:
-    report = json.loads(run("convert", source, "-o", tmp_path / "o.sct", "--rank", 6, "--json").stdout)
+    report = json.loads(run("convert", source, "-o", tmp_path / "o.sct", "--rank", 6, "--data-free", "--json").stdout)
     assert {"layers", "output", "bytes", "seconds", "peak_rss_bytes"} <= set(report)
     assert report["bytes"] == (tmp_path / "o.sct").stat().st_size
     assert [layer["rank"] for layer in report["layers"]] == [6] * 6
@@ -81,16 +81,16 @@ def test_convert_json(source: Path, tmp_path: Path) -> None:
 
 def test_the_default_output_is_named_after_source_and_rank(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run("convert", source, "--ratio", 0.3).exit_code == 0
+    assert run("convert", source, "--ratio", 0.3, "--data-free").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-x0.3.sct"]
 
 
 @pytest.mark.parametrize("rank", [["--rank", "6"], ["--energy", "0.5"]])
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path, monkeypatch: Any, rank: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    result = run("convert", source, *rank, "--dry-run")
+    result = run("convert", source, *rank, "--data-free", "--dry-run")
     assert result.exit_code == 0 and "nothing was written" in result.stdout and not list(tmp_path.iterdir())
-    plan = json.loads(run("convert", source, *rank, "--dry-run", "--json").stdout)
+    plan = json.loads(run("convert", source, *rank, "--data-free", "--dry-run", "--json").stdout)
     assert len(plan["layers"]) == 6 and plan["bytes"] <= plan["dense_bytes"]
 
 
@@ -183,7 +183,7 @@ def test_damaged_sources(copy: Path, tmp_path: Path, damage: Any, words: list[st
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     output = tmp_path / "out"
     output.mkdir()
-    fails(run("convert", copy, "-o", output / "o.sct", "--rank", 4), *words)
+    fails(run("convert", copy, "-o", output / "o.sct", "--rank", 4, "--data-free"), *words)
     assert list(output.iterdir()) == []
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before, "the source must be untouched"
 
@@ -199,25 +199,36 @@ def test_damaged_sources(copy: Path, tmp_path: Path, damage: Any, words: list[st
     ],
 )
 def test_wrong_options(source: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:
-    fails(run("convert", source, "-o", tmp_path / "o.sct", *options), *words, code=2)
+    fails(run("convert", source, "-o", tmp_path / "o.sct", *options, "--data-free"), *words, code=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_source(tmp_path: Path) -> None:
-    fails(run("convert", tmp_path / "nothing", "--rank", 4), "nothing", "no such file or directory")
+    fails(run("convert", tmp_path / "nothing", "--rank", 4, "--data-free"), "nothing", "no such file or directory")
 
 
 @pytest.mark.parametrize("target", ["/proc/o.sct", "/no/such/directory/o.sct", "."])
 def test_unwritable_targets(source: Path, target: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    fails(run("convert", source, "-o", target, "--rank", 4), target)
+    fails(run("convert", source, "-o", target, "--rank", 4, "--data-free"), target)
 
 
 def test_no_space_left(source: Path, tmp_path: Path) -> None:
     """A real limit of the operating system, met in the middle of writing."""
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY));"
     code += "from sctconv.cli import main; main()"
-    command = [sys.executable, "-c", code, "convert", str(source), "-o", str(tmp_path / "o.sct"), "--rank", "4"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "convert",
+        str(source),
+        "-o",
+        str(tmp_path / "o.sct"),
+        "--rank",
+        "4",
+        "--data-free",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT)
     assert result.returncode == 1 and "limit" in result.stderr and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
@@ -316,7 +327,18 @@ def test_interrupting_a_conversion_leaves_nothing_and_says_130(tmp_path: Path) -
     source = save(transformers.LlamaForCausalLM(config), tmp_path / "m", shard="100MB")
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-m", "sctconv", "convert", str(source), "-o", str(out / "o.sct"), "--rank", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "sctconv",
+        "convert",
+        str(source),
+        "-o",
+        str(out / "o.sct"),
+        "--rank",
+        "64",
+        "--data-free",
+    ]
     process = subprocess.Popen(command, cwd=_ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=_listen_to_interrupts)
     deadline = time.monotonic() + 120
     while not list(out.iterdir()) and process.poll() is None and time.monotonic() < deadline:

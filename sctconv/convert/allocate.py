@@ -1,0 +1,299 @@
+"""Ranks by measurement: what each layer's truncation costs at the model's end, and a knapsack over all layers.
+
+As LEMS (ICML 2026) does: every layer alone is truncated at a reference rank and the KL from the dense model to the one so
+changed is measured at the end of the model; other ranks follow by the layer's whitened tail, as the harm of a small change
+grows with its square; `harm(k) = weight(depth) KL tail(k) / tail(reference)`. What a layer does alone is not what it does
+in company: a sweep repairs in later blocks what earlier ones lose, the last ones have nobody behind them. So the weight of
+depth, `exp(slope (b - 1/2))` for b from 0 (first block) to 1 (last), and the power to which the measured KL counts are
+chosen by short sweeps with the ranks they lead to, by their KL on held-out text; uniform ranks run along, so that what is
+returned was never seen to be worse than they are.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sctconv.errors import OptionError
+from sctconv.runtime.linalg import singular_values
+
+from .blocks import Block, tapped
+from .budget import MemoryPlan
+from .calibration import Calibration
+from .decoder import Decoder
+from .fit import Moments, Root, closed_form
+from .plan import LayerPlan, Plan
+from .states import States
+from .student import replace_
+from .sweep import Sweep
+
+_WINDOWS: Final = 2
+"""Windows on which each layer's own KL is measured."""
+
+TRIAL_TOKENS: Final = 8192
+"""Tokens that the short sweeps fit on."""
+
+_SLOPES: Final = (-1.5, 0.0, 1.5)
+_POWERS: Final = (0.5, 1.0)
+"""Tried in all pairs; then the slope once more between the best and its better neighbour."""
+
+TRIALS: Final = len(_SLOPES) * len(_POWERS) + 2
+"""How many short sweeps there are: the pairs, uniform ranks, and one more slope."""
+
+_FLOOR: Final = 0.25
+"""No layer gets less than this share of the rank that it would have if all were treated alike."""
+
+_STEPS: Final = 64
+"""Steps of rank between nothing and all of a layer."""
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What truncating one layer does.
+
+    Attributes:
+        kl: from the dense model to the one with this layer alone truncated at `rank`, nats a token.
+        rank: the reference rank.
+        tail: (min(m, n) + 1,) float64; entry k is the energy of the outputs, by their metric, that rank k loses.
+        depth: of its block, 0 to 1.
+    """
+
+    kl: float
+    rank: int
+    tail: Tensor
+    depth: float
+
+    def harm(self, slope: float, power: float) -> Tensor:
+        """Expected harm at every rank, (min(m, n) + 1,)."""
+        weight = torch.tensor(slope * (self.depth - 0.5), dtype=torch.float64).exp()
+        reference = float(self.tail[self.rank])
+        return self.tail * (weight * max(self.kl, 1e-9) ** power / reference) if reference else self.tail
+
+
+def allocate(
+    decoder: Decoder,
+    plan: Plan,
+    texts: Calibration,
+    memory: MemoryPlan,
+    metrics: Mapping[str, Tensor],
+    *,
+    progress: Progress | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """Distributes the parameters that a plan gives to its factored layers by what they are worth.
+
+    Args:
+        decoder: the dense checkpoint.
+        plan: says which layers, how many parameters in all, and the reference ranks.
+        texts: calibration windows.
+        memory: how much may be held at once.
+        metrics: layer -> what its outputs count; see `metric`.
+        progress: called with the share of the work done and a word on it.
+
+    Returns:
+        The plan with its new ranks, and what led to them, for the file's index.
+
+    Raises:
+        OptionError: the memory is too small for it.
+    """
+    layers = {layer.name: layer for layer in plan.layers.values() if layer.reason is None and layer.rank}
+    inside = {name: layers[name] for name in decoder.layers}
+    widest = max(layer.in_ for layer in inside.values())
+    if widest > memory.gram_side:
+        raise OptionError(f"--allocate measured: needs Gram matrices of {widest} x {widest}; allow more --max-memory")
+    report = progress or (lambda share, what: None)
+    trials = [(slope, power) for power in _POWERS for slope in _SLOPES]
+    whole = 1.0 + TRIALS  # measuring counts as one sweep
+    sensitivities = measure(
+        decoder, inside, texts, memory, metrics, progress=lambda share, what: report(share / whole, what)
+    )
+    budget = sum(layer.parameters for layer in inside.values())
+    few = replace(texts, fit=texts.fit[: max(1, TRIAL_TOKENS // texts.context)])
+    tried: list[tuple[float, dict[str, float], dict[str, int | None]]] = []
+
+    def attempt(ranks: dict[str, int | None], **setting: float) -> None:
+        start = (1.0 + len(tried)) / whole
+        told = {name: rank for name, rank in ranks.items() if rank is not None}
+        sweep = Sweep(
+            decoder, told, few, memory, progress=lambda share, what: report(start + share / whole, "trial sweep")
+        )
+        for _ in sweep.run():
+            pass
+        tried.append((sweep.result.kl, setting, ranks))
+
+    attempt({name: layer.rank for name, layer in inside.items()})
+    for slope, power in trials:
+        attempt(knapsack(inside, sensitivities, budget, slope, power), slope=slope, power=power)
+    best = min(tried, key=lambda trial: trial[0])
+    if best[1]:
+        between = [trial for trial in tried if trial[1] and trial[1]["power"] == best[1]["power"] and trial is not best]
+        near = min(between, key=lambda trial: trial[0])
+        slope, power = (best[1]["slope"] + near[1]["slope"]) / 2, best[1]["power"]
+        attempt(knapsack(inside, sensitivities, budget, slope, power), slope=slope, power=power)
+        best = min(tried, key=lambda trial: trial[0])
+    facts = {
+        "trials": [{"kl": kl, **setting} for kl, setting, _ in tried],
+        "layer_kl": {name: sensitivity.kl for name, sensitivity in sensitivities.items()},
+    }
+    return _with_ranks(plan, best[2]), facts
+
+
+def measure(
+    decoder: Decoder,
+    layers: Mapping[str, LayerPlan],
+    texts: Calibration,
+    memory: MemoryPlan,
+    metrics: Mapping[str, Tensor],
+    *,
+    progress: Progress,
+) -> dict[str, Sensitivity]:
+    """Each layer's sensitivity at its planned rank, in one pass through the model, one dense block in memory at a time.
+
+    The hidden states of all variants of the model travel along; a layer that is not run once on all tokens is left out.
+    """
+    batch = memory.batch
+    windows = texts.fit[: max(_WINDOWS, TRIAL_TOKENS // texts.context)]
+    windows = windows[: max(1, len(windows) // batch) * batch]
+    batches = list(windows.split(min(batch, len(windows))))
+    measured = batches[: max(1, _WINDOWS // batch)]
+    dense = States.of(decoder.embed(batches), len(batches), memory.spill)
+    variants: dict[str, States] = {}
+    tails: dict[str, tuple[int, Tensor, float]] = {}
+    with torch.no_grad():
+        for place in range(len(decoder)):
+            block = decoder.block(place, dense[0])
+            for states in variants.values():
+                for number in range(len(measured)):
+                    states[number] = block.run(states[number].to(decoder.device))
+            for name, K, yy in _inputs(block, dense, set(layers)):
+                path = f"{block.name}.{name}"
+                W, rank = block.weight(name), layers[path].rank
+                assert rank is not None
+                root = Root.of(K)
+                metric = metrics.get(path, torch.ones(len(W), dtype=torch.float64))
+                energy = singular_values(metric[:, None] * (W.double() @ root.L)).square()
+                tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+                tails[path] = rank, tail, place / max(1, len(decoder) - 1)
+                fit = closed_form(Moments(K, K, yy, 1, W=W), rank, prior=W, root=root, metric=metric)
+                kept = block.module.get_submodule(name)
+                replace_(block.module, name, fit)
+                changed = (block.run(dense[number].to(decoder.device)) for number in range(len(measured)))
+                variants[path] = States.of(changed, len(measured), memory.spill)
+                _put(block.module, name, kept)
+            for number, state in enumerate(dense):
+                dense[number] = block.run(state.to(decoder.device))
+            progress(((place + 1) / len(decoder)) ** 2, "measuring layers")
+    kls = _kls(decoder, list(dense)[: len(measured)], variants, measured)
+    return {name: Sensitivity(kls[name], rank, tail, depth) for name, (rank, tail, depth) in tails.items()}
+
+
+def knapsack(
+    layers: Mapping[str, LayerPlan],
+    sensitivities: Mapping[str, Sensitivity],
+    budget: int,
+    slope: float,
+    power: float,
+) -> dict[str, int | None]:
+    """The ranks with the least harm in all within a budget of parameters; None for a layer that stays dense.
+
+    Harm falls convexly with the rank, so taking the step that saves most per parameter, again and again, is optimal up to
+    one step. Every layer starts at its floor.
+
+    Args:
+        layers: layer -> its plan, whose rank is what it would get if all were treated alike.
+        sensitivities: of the same layers; one that is not among them keeps its rank.
+        budget: parameters of all layers together.
+        slope, power: see the module.
+    """
+    ranks: dict[str, int | None] = {}
+    left = budget
+    heap: list[tuple[float, str, int | None, int]] = []
+    harms = {name: sensitivity.harm(slope, power) for name, sensitivity in sensitivities.items()}
+
+    def push(name: str) -> None:
+        layer, rank = layers[name], ranks[name]
+        if rank is None:
+            return
+        per_rank = layer.out + layer.in_ + 1
+        following = rank + max(1, min(layer.out, layer.in_) // _STEPS)
+        harm = harms[name]
+        if following <= layer.largest_useful_rank:
+            cost, saved = (following - rank) * per_rank, float(harm[rank] - harm[following])
+            heapq.heappush(heap, (-saved / cost, name, following, cost))
+        else:
+            cost = layer.out * layer.in_ - rank * per_rank
+            heapq.heappush(heap, (-float(harm[rank]) / cost, name, None, cost))
+
+    for name, layer in layers.items():
+        assert layer.rank is not None
+        ranks[name] = max(1, int(_FLOOR * layer.rank)) if name in harms else layer.rank
+        left -= (ranks[name] or 0) * (layer.out + layer.in_ + 1)
+    for name in harms:
+        push(name)
+    while heap:
+        _, name, rank, cost = heapq.heappop(heap)
+        if cost <= left:
+            ranks[name], left = rank, left - cost
+            push(name)
+    return ranks
+
+
+def _inputs(block: Block, states: States, wanted: set[str]) -> Iterator[tuple[str, Tensor, float]]:
+    """Each layer of a dense block with the K (n, n) float64 of its inputs and the energy of its outputs."""
+    groups = [[name for name in group if f"{block.name}.{name}" in wanted] for group in block.groups]
+    groups = [group for group in groups if group]
+    K: dict[str, Tensor] = {}
+    energy: dict[str, float] = {}
+    with tapped(block.module, [group[0] for group in groups], [name for group in groups for name in group]) as taps:
+        for state in states:
+            block.run(state.to(next(block.module.parameters()).device))
+            for name, x in taps.inputs.items():
+                x = x.flatten(0, -2)
+                K[name] = K[name].add_(x.T @ x) if name in K else (x.T @ x).double()
+            for name, y in taps.outputs.items():
+                energy[name] = energy.get(name, 0.0) + float(y.double().square().sum())
+    for group in groups:
+        for name in group:
+            yield name, K[group[0]], energy[name]
+
+
+def _kls(
+    decoder: Decoder, dense: Sequence[Tensor], variants: Mapping[str, States], batches: Sequence[Tensor]
+) -> dict[str, float]:
+    """Mean KL(dense || variant) of the next-token distributions, in nats."""
+    names = list(variants)
+    states = itertools.chain(dense, (state for name in names for state in variants[name]))
+    logits = decoder.head(states, list(batches) * (1 + len(names)))
+    teacher = [F.log_softmax(next(logits), -1) for _ in batches]
+    kls = {}
+    for name in names:
+        logs = [F.log_softmax(next(logits), -1) for _ in batches]
+        total = sum(
+            float(F.kl_div(log, target, reduction="sum", log_target=True))
+            for log, target in zip(logs, teacher, strict=True)
+        )
+        kls[name] = total / sum(batch.numel() for batch in batches)
+    return kls
+
+
+def _put(module: nn.Module, name: str, child: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, child)
+
+
+def _with_ranks(plan: Plan, ranks: Mapping[str, int | None]) -> Plan:
+    layers = {}
+    for weight, layer in plan.layers.items():
+        if layer.name in ranks:
+            rank = ranks[layer.name]
+            layer = replace(layer, rank=rank, reason=None if rank else "worth more dense than what it would save")
+        layers[weight] = layer
+    return replace(plan, layers=layers)
