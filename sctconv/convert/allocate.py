@@ -40,12 +40,13 @@ _WINDOWS: Final = 2
 TRIAL_TOKENS: Final = 8192
 """Tokens that the short sweeps fit on."""
 
-_SLOPES: Final = (-1.5, 0.0, 1.5)
+_SLOPE: Final = 1.5
 _POWERS: Final = (0.5, 1.0)
-"""Tried in all pairs; then the slope once more between the best and its better neighbour."""
+"""Tried are both powers without slope, the slopes of either sign with the better power, and a last slope between the two
+best."""
 
-TRIALS: Final = len(_SLOPES) * len(_POWERS) + 2
-"""How many short sweeps there are: the pairs, uniform ranks, and one more slope."""
+TRIALS: Final = len(_POWERS) + 4
+"""How many short sweeps there are, with uniform ranks."""
 
 _FLOOR: Final = 0.25
 """No layer gets less than this share of the rank that it would have if all were treated alike."""
@@ -79,6 +80,14 @@ class Sensitivity:
         return self.tail * (weight * max(self.kl, 1e-9) ** power / reference) if reference else self.tail
 
 
+@dataclass(frozen=True)
+class _Trial:
+    kl: float
+    slope: float
+    power: float
+    ranks: dict[str, int | None]
+
+
 def allocate(
     decoder: Decoder,
     plan: Plan,
@@ -110,40 +119,40 @@ def allocate(
     if widest > memory.gram_side:
         raise OptionError(f"--allocate measured: needs Gram matrices of {widest} x {widest}; allow more --max-memory")
     report = progress or (lambda share, what: None)
-    trials = [(slope, power) for power in _POWERS for slope in _SLOPES]
     whole = 1.0 + TRIALS  # measuring counts as one sweep
     sensitivities = measure(
         decoder, inside, texts, memory, metrics, progress=lambda share, what: report(share / whole, what)
     )
     budget = sum(layer.parameters for layer in inside.values())
     few = replace(texts, fit=texts.fit[: max(1, TRIAL_TOKENS // texts.context)])
-    tried: list[tuple[float, dict[str, float], dict[str, int | None]]] = []
+    trials: list[_Trial] = []
 
-    def attempt(ranks: dict[str, int | None], **setting: float) -> None:
-        start = (1.0 + len(tried)) / whole
+    def attempt(ranks: dict[str, int | None], slope: float = 0.0, power: float = 0.0) -> _Trial:
+        start = (1.0 + len(trials)) / whole
         told = {name: rank for name, rank in ranks.items() if rank is not None}
-        sweep = Sweep(
-            decoder, told, few, memory, progress=lambda share, what: report(start + share / whole, "trial sweep")
-        )
+        stage = lambda share, what: report(start + share / whole, f"trial {len(trials) + 1} of {TRIALS}, {what}")  # noqa: E731
+        sweep = Sweep(decoder, told, few, memory, metrics=metrics, progress=stage)
         for _ in sweep.run():
             pass
-        tried.append((sweep.result.kl, setting, ranks))
+        trials.append(_Trial(sweep.result.kl, slope, power, ranks))
+        return trials[-1]
 
-    attempt({name: layer.rank for name, layer in inside.items()})
-    for slope, power in trials:
-        attempt(knapsack(inside, sensitivities, budget, slope, power), slope=slope, power=power)
-    best = min(tried, key=lambda trial: trial[0])
-    if best[1]:
-        between = [trial for trial in tried if trial[1] and trial[1]["power"] == best[1]["power"] and trial is not best]
-        near = min(between, key=lambda trial: trial[0])
-        slope, power = (best[1]["slope"] + near[1]["slope"]) / 2, best[1]["power"]
-        attempt(knapsack(inside, sensitivities, budget, slope, power), slope=slope, power=power)
-        best = min(tried, key=lambda trial: trial[0])
+    def measured(slope: float, power: float) -> _Trial:
+        return attempt(knapsack(inside, sensitivities, budget, slope, power), slope, power)
+
+    uniform = attempt({name: layer.rank for name, layer in inside.items()})
+    flat = min((measured(0.0, power) for power in _POWERS), key=lambda trial: trial.kl)
+    near = sorted([flat, *(measured(slope, flat.power) for slope in (-_SLOPE, _SLOPE))], key=lambda trial: trial.kl)
+    measured((near[0].slope + near[1].slope) / 2, flat.power)
+    best = min(trials, key=lambda trial: trial.kl)
     facts = {
-        "trials": [{"kl": kl, **setting} for kl, setting, _ in tried],
+        "trials": [
+            {"kl": trial.kl, **({} if trial is uniform else {"slope": trial.slope, "power": trial.power})}
+            for trial in trials
+        ],
         "layer_kl": {name: sensitivity.kl for name, sensitivity in sensitivities.items()},
     }
-    return _with_ranks(plan, best[2]), facts
+    return _with_ranks(plan, best.ranks), facts
 
 
 def measure(

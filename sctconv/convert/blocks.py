@@ -54,12 +54,6 @@ class Block:
         return W.detach()
 
 
-def look_into_(block: Block, hidden: Tensor, layers: list[str]) -> None:
-    """Finds out, on one batch of hidden states, the groups and writers among some layers of a block."""
-    block.groups = _find_groups(block, hidden, layers)
-    block.writers = _find_writers(block, hidden)
-
-
 def hidden_of(output: Any) -> Tensor:
     """The hidden state in what a block returns."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
@@ -138,7 +132,8 @@ def _after(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def _find_groups(block: Block, hidden: Tensor, layers: list[str]) -> list[list[str]]:
+def find_groups(block: Block, hidden: Tensor, layers: list[str]) -> list[list[str]]:
+    """Those of some layers that run once on all tokens, by their inputs, in the order of execution; see `Block.groups`."""
     calls: list[tuple[str, Tensor]] = []
     hooks = {name: ((lambda args, name=name: calls.append((name, args[0]))), None) for name in layers}
     with hooked(block.module, hooks):  # type: ignore[arg-type]
@@ -156,8 +151,10 @@ def _find_groups(block: Block, hidden: Tensor, layers: list[str]) -> list[list[s
 
 
 @torch.no_grad()
-def _find_writers(block: Block, hidden: Tensor) -> dict[str, Writer]:
-    """Moves a layer's output by some noise and looks where, last of all places, exactly that noise arrives.
+def find_writers(block: Block, hidden: Tensor) -> dict[str, Writer]:
+    """Which layers of a block's groups write to the residual stream, and how.
+
+    Moves a layer's output by some noise and looks where, last of all places, exactly that noise arrives.
 
     The input of a norm after the addition, or the block's output, moves by the noise times a number; behind a norm or an
     activation it does not.

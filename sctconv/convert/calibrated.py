@@ -22,7 +22,7 @@ from .fit import DenseFit, Fit
 from .metric import output_metric
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, is_fittable
-from .refine import STEP_WINDOWS, model_bytes, tune_model
+from .refine import BLOCK_STEPS, STEP_WINDOWS, model_bytes, tune_model
 from .sweep import Sweep, SweptBlock
 
 _METRIC_TOKENS: Final = 8192
@@ -105,7 +105,7 @@ class Calibrated:
             self.memory,
             energies={layer.name: options.energy for layer in planned if layer.rank is None and options.energy},
             metrics=metrics,
-            refine=options.refine,
+            refine=min(options.refine, BLOCK_STEPS),
             progress=self._stage("sweep"),
         )
         self._blocks: Iterator[SweptBlock] = self._sweep.run()

@@ -23,7 +23,7 @@ from sctconv.runtime.skeleton import linear_layers
 from sctconv.runtime.tensors import to_torch
 from sctconv.sources.weights import DenseModel
 
-from .blocks import Block, look_into_
+from .blocks import Block, Writer, find_groups, find_writers
 from .states import States
 
 _ROWS: Final = 8192
@@ -66,6 +66,7 @@ class Decoder:
         self.others: Final = [layer for layer in others if layer.startswith(f"{self.path}.")]
         self._count = len(self._skeleton.get_submodule(self.path))
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._known: dict[int, tuple[list[list[str]], dict[str, Writer]]] = {}  # groups and writers of each block
         self._rest: list[Any] = []  # what a block returns besides the hidden state
 
     def __len__(self) -> int:
@@ -133,8 +134,13 @@ class Decoder:
         block = Block(name, self._load(place), args, kwargs)
         if hidden is None:
             return block
-        wanted = {layer.removeprefix(f"{name}.") for layer in (*self.layers, *self.others)}
-        look_into_(block, hidden.to(self.device), [path for path, _ in block.module.named_modules() if path in wanted])
+        if place not in self._known:
+            wanted = {layer.removeprefix(f"{name}.") for layer in (*self.layers, *self.others)}
+            layers = [path for path, _ in block.module.named_modules() if path in wanted]
+            self._known[place] = find_groups(block, hidden := hidden.to(self.device), layers), {}
+            block.groups = self._known[place][0]
+            self._known[place][1].update(find_writers(block, hidden))
+        block.groups, block.writers = self._known[place]
         return block
 
     def _top(self, batches: Sequence[Tensor], *, head: bool) -> tuple[Any, list[_Recorder]]:

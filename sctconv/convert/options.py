@@ -36,8 +36,8 @@ class ConvertOptions:
             plain truncation of each weight.
         calibration_tokens: how many tokens to fit on, over all texts.
         calibration_context: tokens in a window.
-        refine: steps of gradient descent on each block after its closed form, and then, where the model fits in memory,
-            on the whole model; 0 for none.
+        refine: steps of gradient descent on each block after its closed form, 20 at most, and then, where the model fits
+            in memory, on the whole model; 0 for none.
         refit: whether linear layers of the blocks that stay dense are fitted as well.
         max_memory: bytes that a calibrated conversion may hold; None for three quarters of the machine's.
 

@@ -41,6 +41,9 @@ BLOCK_RATE: Final = 1e-4
 MODEL_RATE: Final = 1e-4
 """AdamW's rate for the whole model, after a warm-up of `_WARM_UP` steps, falling by half a cosine."""
 
+BLOCK_STEPS: Final = 20
+"""A block is tuned by at most so many steps, however many the whole model gets."""
+
 _WARM_UP: Final = 5
 _CHECKS: Final = 8
 """How often at least the held-out windows are looked at."""

@@ -324,7 +324,7 @@ def test_refinement_and_measured_ranks(family: str, tmp_path: Path) -> None:
     assert report.parameters <= plain.parameters
     trials = report.quality["allocation"]["trials"]
     assert min(trial["kl"] for trial in trials) <= trials[0]["kl"]
-    assert len(trials) == TRIALS or trials[0]["kl"] == min(trial["kl"] for trial in trials)
+    assert len(trials) == TRIALS
     assert set(report.quality["allocation"]["layer_kl"]) >= {record.name for record in report.layers}
     assert all(min(losses) <= losses[0] for losses in report.quality["refinement"])
     assert min(report.quality["tuning"]) <= report.quality["tuning"][0]
@@ -346,9 +346,8 @@ def test_knapsack_spends_where_harm_is_and_keeps_floors() -> None:
     assert sum(sizes.values()) <= budget and sizes["a"] > sizes["b"] >= sizes["c"] >= 2 * 97
     assert knapsack(layers, sensitivities, 10**6, 0.0, 1.0) == dict.fromkeys("abc"), "all dense where all fits"
     late = {name: replace(sensitivities["a"], depth=depth) for name, depth in zip("abc", (0.0, 0.5, 1.0), strict=True)}
-    assert [*knapsack(layers, late, budget, 3.0, 1.0).values()] == sorted(
-        knapsack(layers, late, budget, 3.0, 1.0).values()
-    )
+    tilted = [rank or 32 for rank in knapsack(layers, late, budget, 3.0, 1.0).values()]
+    assert tilted == sorted(tilted) and tilted[0] < tilted[2]
 
 
 def test_the_metric_is_the_gradient_of_the_whole_model(tmp_path: Path) -> None:
@@ -360,7 +359,7 @@ def test_the_metric_is_the_gradient_of_the_whole_model(tmp_path: Path) -> None:
         batches = list((torch.arange(4 * 40).reshape(4, 40) % 256).split(2))
         found = output_metric(decoder, batches, MemoryPlan())
         name = decoder.layers[1]
-        squares = []
+        squares: list[torch.Tensor] = []
         whole.get_submodule(name).register_full_backward_hook(
             lambda module, given, gradients, squares=squares: squares.append(gradients[0].double().square().sum((0, 1)))
         )
