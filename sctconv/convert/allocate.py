@@ -124,7 +124,8 @@ def allocate(
         decoder, inside, texts, memory, metrics, progress=lambda share, what: report(share / whole, what)
     )
     budget = sum(layer.parameters for layer in inside.values())
-    few = replace(texts, fit=texts.fit[: max(1, TRIAL_TOKENS // texts.context)])
+    count = max(1, TRIAL_TOKENS // texts.context)
+    few = replace(texts, fit=texts.fit[:count], held_out=texts.held_out[: max(1, count // 2)])
     trials: list[_Trial] = []
 
     def attempt(ranks: dict[str, int | None], slope: float = 0.0, power: float = 0.0) -> _Trial:
@@ -200,6 +201,7 @@ def measure(
             for number, state in enumerate(dense):
                 dense[number] = block.run(state.to(decoder.device))
             progress(((place + 1) / len(decoder)) ** 2, "measuring layers")
+            del block  # before the next is loaded
     kls = _kls(decoder, list(dense)[: len(measured)], variants, measured)
     return {name: Sensitivity(kls[name], rank, tail, depth) for name, (rank, tail, depth) in tails.items()}
 

@@ -10,6 +10,7 @@ from sctconv.errors import OptionError
 from sctconv.runtime.memory import installed_bytes, rss_bytes
 
 from .decoder import Decoder
+from .fit import closed_form_bytes, closed_form_dual_bytes
 
 _BATCHES: Final = (4, 2, 1)
 _SHARE: Final = 0.75
@@ -55,7 +56,7 @@ def plan_memory(decoder: Decoder, tokens: int, context: int, *, limit: int | Non
     """
     limit = limit if limit is not None else int(_SHARE * installed_bytes())
     shapes, width = decoder.shapes, decoder.width
-    base = rss_bytes() + decoder.block_bytes + max(4 * m * n for m, n in shapes)  # a weight on its way to float32
+    base = rss_bytes() + decoder.block_bytes
     # tokens x (width of the residual stream): both sides, what the teacher's layers saw, and a second stream in a block
     states = 5 * 4 * tokens * width
     widest = max(max(shape) for shape in shapes)
@@ -65,14 +66,14 @@ def plan_memory(decoder: Decoder, tokens: int, context: int, *, limit: int | Non
 
     for batch in _BATCHES:
         left = limit - base - batch_bytes(batch)
-        grams = {n: max(_gram_bytes(m, k) for m, k in shapes if k == n) for _, n in shapes}
+        grams = {n: max(closed_form_bytes(m, k) for m, k in shapes if k == n) for _, n in shapes}
         small = [n for n, need in sorted(grams.items()) if need <= left]
         large = [(m, n) for m, n in shapes if n not in small]
         need = max((grams[n] for n in small), default=0)
         dual_tokens = 0
         if large:
             dual_tokens = _most_tokens(large, left, tokens)
-            need = max(need, *(_dual_bytes(m, n, dual_tokens) for m, n in large))
+            need = max(need, *(closed_form_dual_bytes(m, n, dual_tokens) for m, n in large))
         if need > left or (large and dual_tokens < min(tokens, context)):
             continue
         fits = need + states <= left
@@ -84,21 +85,15 @@ def plan_memory(decoder: Decoder, tokens: int, context: int, *, limit: int | Non
             base + batch_bytes(batch) + need + (states if fits else 0),
             limit,
         )
-    least = base + batch_bytes(1) + max(min(_gram_bytes(m, n), _dual_bytes(m, n, context)) for m, n in shapes)
+    least = (
+        base
+        + batch_bytes(1)
+        + max(min(closed_form_bytes(m, n), closed_form_dual_bytes(m, n, context)) for m, n in shapes)
+    )
     raise OptionError(
         f"--max-memory {limit / 2**30:.3g}GiB: calibration holds one block in float32 and its Gram matrices, here at least "
         f"{least / 2**30:.2f} GiB; allow more, or use --data-free"
     )
-
-
-def _gram_bytes(m: int, n: int) -> int:
-    """K, its root, T and two more on the way, and M."""
-    return 8 * (5 * n * n + m * n)
-
-
-def _dual_bytes(m: int, n: int, tokens: int) -> int:
-    """The Gram matrix of outputs, W_full, a block of it in float64; inputs twice, outputs and what is made of them."""
-    return 8 * m * m + 12 * m * n + tokens * (8 * n + 40 * m) + 16 * tokens**2
 
 
 def _most_tokens(shapes: list[tuple[int, int]], room: int, most: int) -> int:
@@ -106,6 +101,6 @@ def _most_tokens(shapes: list[tuple[int, int]], room: int, most: int) -> int:
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        fits = max(_dual_bytes(m, n, middle) for m, n in shapes) <= room
+        fits = max(closed_form_dual_bytes(m, n, middle) for m, n in shapes) <= room
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -30,8 +30,11 @@ RIDGE: Final = 0.03
 _FLOOR: Final = 1e-7
 """The least ridge as a share of K's mean eigenvalue, which keeps K's root from failing on rounding."""
 
-_BLOCK: Final = 8192
+_COLUMNS: Final = 4096
 """Columns of a large matrix that are worked on at once."""
+
+_ROWS: Final = 1024
+"""Rows of one."""
 
 
 @dataclass
@@ -166,13 +169,41 @@ def closed_form_dense(moments: Moments, *, prior: Tensor | None = None, root: Ro
     """The same without a limit to the rank: `W' = (T + r W) (K + r I)^-1`, ridge regression towards W."""
     centred = moments.centred()
     root = root or Root.of(centred.K, RIDGE if prior is not None else 0.0)
-    W = torch.linalg.solve_triangular(root.L.T, _whitened(centred, prior, root).T, upper=True).T
+    m, n = len(centred.T if centred.W is None else centred.W), len(centred.K)
+    weight = torch.empty(m, n, device=centred.K.device)
+    cross = square = 0.0
+    for start in range(0, m, _ROWS):
+        rows = slice(start, start + _ROWS)
+        T = centred.T[rows] if centred.W is None else centred.W[rows].double() @ centred.T
+        right = T if prior is None else T + root.ridge * prior[rows].double()
+        W = torch.cholesky_solve(right.T, root.L).T
+        cross += float((T * W).sum())
+        square += float(((W @ centred.K) * W).sum())
+        weight[rows] = W.float()
     bias = None
     if moments.mean_x is not None and moments.mean_y is not None:
-        bias = moments.mean_y - W @ moments.mean_x
-    T = centred.T if centred.W is None else centred.W.double() @ centred.T
-    square = centred.yy - 2.0 * float((T * W).sum()) + float(((W @ centred.K) * W).sum())
-    return DenseFit(W.float(), bias, math.sqrt(max(0.0, square) / centred.yy) if centred.yy > 0.0 else 0.0)
+        bias = moments.mean_y - weight.double() @ moments.mean_x
+    error = max(0.0, centred.yy - 2.0 * cross + square)
+    return DenseFit(weight, bias, math.sqrt(error / centred.yy) if centred.yy > 0.0 else 0.0)
+
+
+def closed_form_bytes(m: int, n: int) -> int:
+    """What `closed_form` or `closed_form_dense` of an (m, n) layer holds at most, its moments included.
+
+    K, its root, T and two matrices like it on the way; M, in float32 where the layer is large, and twice in float64 where
+    it is small.
+    """
+    if min(m, n) <= EXACT_SIDE:
+        return 8 * (5 * n * n + 3 * m * n)
+    return max(40 * n * n, 36 * n * n + 4 * m * n)
+
+
+def closed_form_dual_bytes(m: int, n: int, tokens: int) -> int:
+    """What `closed_form_dual` holds at most, inputs and outputs included.
+
+    The outputs' Gram matrix, W_full and a part of it in float64 twice; inputs twice, outputs and what is made of them.
+    """
+    return 8 * m * m + 4 * m * n + 16 * m * _COLUMNS + tokens * (8 * n + 40 * m) + 16 * tokens**2
 
 
 def rank_by_output_energy(
@@ -202,7 +233,7 @@ def closed_form_dual(
     m, n = prior.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} does not fit a layer of {m} x {n}")
-    columns = [slice(start, start + _BLOCK) for start in range(0, n, _BLOCK)]
+    columns = [slice(start, start + _COLUMNS) for start in range(0, n, _COLUMNS)]
     yy = float(y.double().square().sum())
     G = torch.zeros(len(x), len(x), dtype=torch.float64)
     for block in columns:
@@ -233,7 +264,7 @@ def closed_form_dual(
     U, s, V = sct_form(Q / d, B)
     lost = sum(
         float((y - (part.double() @ V * s) @ U.T).square().sum())
-        for part, y in zip(x.split(_BLOCK // 8), target.split(_BLOCK // 8), strict=True)
+        for part, y in zip(x.split(_ROWS), target.split(_ROWS), strict=True)
     )
     return Fit(U.float(), s.float(), V.float(), None, math.sqrt(lost / yy) if yy > 0.0 else 0.0)
 

@@ -49,6 +49,7 @@ def output_metric(
             after = (block.run(state.to(decoder.device)) for state in states[-1])
             states.append(States.of(after, len(batches), memory.spill))
             report((place + 1) / (3 * blocks), block.name)
+            del block, after  # before the next is loaded
     gradients = decoder.head_gradients(states.pop(), batches)
     squares: dict[str, Tensor] = {}
     for place in reversed(range(blocks)):
@@ -64,6 +65,7 @@ def output_metric(
                 assert state.grad is not None
                 gradients[number] = state.grad
         report((blocks + 2 * (blocks - place)) / (3 * blocks), block.name)
+        del block
     metric = {}
     for name, square in squares.items():
         d = square.sqrt()

@@ -1,6 +1,8 @@
 """Peak memory of converting a made checkpoint of two 70B-sized layers (8192/28672, bfloat16, several shards).
 
-    python -m tests.benchmarks.convert_large [--keep DIRECTORY]
+    python -m tests.benchmarks.convert_large [--keep DIRECTORY] [--calibrated]
+
+Plainly, all layers; or, with --calibrated, the MLP layers on 2048 tokens of WikiText-2 valid under --max-memory 8GiB.
 
 The checkpoint (Llama's architecture, 64 heads, 8 of keys and values, a vocabulary of 128,256, untied head: 7.6 GB) is
 written shard by shard into a temporary directory. The conversion runs in a process of its own, through the command
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from tests.benchmarks.measure import ROOT, header
+from tests.models import WIKITEXT, tiny_tokenizer
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 8192, 28672, 128_256, 2
 
@@ -67,29 +70,27 @@ def make(directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="make the checkpoint here and leave it; use it if it is there")
-    keep = parser.parse_args().keep
-    header("converting two 70B-sized layers at rank 128, bfloat16, modules all")
+    parser.add_argument("--calibrated", action="store_true", help="fit the MLP layers to text within 8 GiB")
+    arguments = parser.parse_args()
+    keep = arguments.keep
+    header(
+        f"converting two 70B-sized layers at rank 128, bfloat16, {'calibrated' if arguments.calibrated else 'plain'}"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         source = keep or Path(temporary) / "large"
         if not source.exists():
             make(source)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         output = Path(temporary) / "large.sct"
-        command = [
-            sys.executable,
-            "-m",
-            "sctconv",
-            "convert",
-            str(source),
-            "-o",
-            str(output),
-            "--rank",
-            "128",
-            "--data-free",
-            "--no-report",
-        ]
+        tiny_tokenizer(source)
+        command = [sys.executable, "-m", "sctconv", "convert", str(source), "-o", str(output), "--rank", "128"]
+        if arguments.calibrated:
+            text = str(WIKITEXT.with_name("valid.txt"))
+            command += ["--calibration", text, "--calibration-tokens", "2048", "--max-memory", "8GiB"]
+        else:
+            command += ["--data-free", "--modules", "all"]
         result = subprocess.run(
-            [*command, "--modules", "all", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+            [*command, "--no-report", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
         )
         report = json.loads(result.stdout)
     print(

@@ -317,28 +317,25 @@ def _listen_to_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_interrupting_a_conversion_leaves_nothing_and_says_130(tmp_path: Path) -> None:
-    """A model large enough to be caught in the middle; the signal is sent when the temporary file has appeared."""
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_interrupting_a_conversion_leaves_nothing_and_says_130(calibrated: bool, tmp_path: Path) -> None:
+    """A model large enough to be caught in the middle; the signal is sent when the temporary file has appeared.
+
+    With calibration that is in the middle of the sweep.
+    """
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=4
+        vocab_size=260, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=4
     )
     source = save(transformers.LlamaForCausalLM(config), tmp_path / "m", shard="100MB")
     out = tmp_path / "out"
     out.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "sctconv",
-        "convert",
-        str(source),
-        "-o",
-        str(out / "o.sct"),
-        "--rank",
-        "64",
-        "--data-free",
-    ]
+    tiny_tokenizer(source)
+    (tmp_path / "text.txt").write_text("".join(f"line {place} of a text. " for place in range(4000)))
+    text = ["--calibration", str(tmp_path / "text.txt"), "--calibration-tokens", "16384"]
+    command = [sys.executable, "-m", "sctconv", "convert", str(source), "-o", str(out / "o.sct"), "--rank", "64"]
+    command += text if calibrated else ["--data-free"]
     process = subprocess.Popen(command, cwd=_ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=_listen_to_interrupts)
     deadline = time.monotonic() + 120
     while not list(out.iterdir()) and process.poll() is None and time.monotonic() < deadline:
