@@ -159,6 +159,8 @@ def _print_report(report: ConvertReport) -> None:
             f"on {held_out['tokens']} held-out calibration tokens: perplexity {held_out['perplexity']:.4g} "
             f"(dense {held_out['teacher_perplexity']:.4g}), KL to the dense model {held_out['kl']:.3f} nats a token"
         )
+        if "tuned_perplexity" in held_out:
+            click.echo(f"tuned as a whole: perplexity {held_out['tuned_perplexity']:.4g} on them")
         return
     click.echo(
         "Truncation without data costs quality, often all of it (leave out --data-free to keep most); measure it: "

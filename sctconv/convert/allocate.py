@@ -169,7 +169,7 @@ def measure(
 
     The hidden states of all variants of the model travel along; a layer that is not run once on all tokens is left out.
     """
-    batch = memory.batch
+    batch = min(memory.batch, _WINDOWS)
     windows = texts.fit[: max(_WINDOWS, TRIAL_TOKENS // texts.context)]
     windows = windows[: max(1, len(windows) // batch) * batch]
     batches = list(windows.split(min(batch, len(windows))))

@@ -116,6 +116,7 @@ class Calibrated:
         self._tensors: dict[str, np.ndarray] = {}
         self._refinement: list[list[float]] = []
         self._tuning: list[float] | None = None
+        self._tuned_loss = math.nan
         self.dense: set[str] = set()
 
     def _decoder(self, plan: Plan) -> Decoder:
@@ -172,7 +173,7 @@ class Calibrated:
             device=self._options.device,
             progress=self._stage("tuning"),
         )
-        self._tuning = tuned.losses
+        self._tuning, self._tuned_loss = tuned.losses, tuned.loss
         self._keep(tuned.fits, {**tensors, **tuned.tensors})
 
     def _keep(self, fits: Mapping[str, Fit | DenseFit], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -217,7 +218,7 @@ class Calibrated:
             facts["refinement"] = self._refinement
         if self._tuning is not None:
             facts["tuning"] = self._tuning
-            facts["held_out"]["tuned_perplexity"] = math.exp(min(self._tuning))
+            facts["held_out"]["tuned_perplexity"] = math.exp(min(self._tuned_loss, 700.0))
         return facts
 
 

@@ -14,6 +14,7 @@ at the end, exactly, by the SCT form of what they have become.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,11 +117,13 @@ class Tuned:
         fits: the layers, as they have become.
         tensors: the other tensors that changed, by their name in the model.
         losses: held-out cross-entropy in nats a token at every look; the first is before any step.
+        loss: that of the result, in float32 where the looks were in bfloat16.
     """
 
     fits: dict[str, Fit | DenseFit]
     tensors: dict[str, Tensor]
     losses: list[float]
+    loss: float
 
 
 def model_bytes(model: DenseModel, texts: Calibration) -> int:
@@ -170,16 +173,16 @@ def tune_model(
         [torch.randperm(len(texts.fit), generator=generator) for _ in range(1 + steps * STEP_WINDOWS // len(texts.fit))]
     )
 
-    def loss(windows: Tensor) -> Tensor:
+    def loss(windows: Tensor, fast: bool = True) -> Tensor:
         windows = windows.to(device)
-        with _fast_products(windows.device):
+        with _fast_products(windows.device) if fast else contextlib.nullcontext():
             logits = student(input_ids=windows, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
-    def look() -> float:
+    def look(fast: bool = True) -> float:
         with torch.no_grad():
             parts = texts.held_out.split(STEP_WINDOWS)
-            return sum(float(loss(part)) * len(part) for part in parts) / len(texts.held_out)
+            return sum(float(loss(part, fast)) * len(part) for part in parts) / len(texts.held_out)
 
     losses = [look()]
     best = [parameter.detach().clone() for parameter in parameters]
@@ -202,12 +205,13 @@ def tune_model(
                 progress((step + 1) / steps, f"tuning, held-out perplexity {math.exp(min(losses[-1], 700.0)):.4g}")
     for parameter, kept in zip(parameters, best, strict=True):
         parameter.data.copy_(kept)
+    final = look(fast=False)
     with torch.no_grad():
         found = dict(fits_of(student, fits))
         vectors = {
             name: p.detach() for name, p in student.named_parameters() if p.requires_grad and name not in replaced
         }
-    return Tuned(found, {name: p for name, p in vectors.items() if name.rpartition(".")[0] not in fits}, losses)
+    return Tuned(found, {name: p for name, p in vectors.items() if name.rpartition(".")[0] not in fits}, losses, final)
 
 
 def _trainable(module: nn.Module, names: Sequence[str]) -> Iterator[nn.Parameter]:

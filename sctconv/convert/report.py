@@ -144,6 +144,7 @@ def _overview(file: SctFile) -> Markup:
         charts.append(svg.bars("Parameters", [("here", [here, other]), ("dense", [before, other])], svg.count))
     held_out = _object(_object(file.index.metadata, "conversion"), "held_out")
     perplexity, teacher, kl = (_number(held_out.get(key)) for key in ("perplexity", "teacher_perplexity", "kl"))
+    perplexity = _number(held_out.get("tuned_perplexity")) or perplexity
     tiles = [
         ("parameters", svg.count(now), f"{now / dense:.1%} of {svg.count(dense)}" if dense else ""),
         ("file", svg.size(file.nbytes), f".sct {file.head.major}.{file.head.minor}"),
