@@ -1,0 +1,194 @@
+"""Back to the Stiefel manifold: orthonormal columns for U and V after a step of an optimiser.
+
+The paper (arXiv 2604.00733, section 3.2) takes the Q of a QR decomposition whose R has a positive diagonal, by Householder
+reflections, one matrix at a time. That Q is unique for an X of full rank, so it may be computed in any way; after a step X
+is nearly orthonormal, its condition near 1, and one pass of Cholesky-QR gives the same Q to rounding: `G = X^T X`,
+`L L^T = G`, `Q = X L^-T`, batched over equal shapes, a matrix product and a triangular solve where Householder needs a
+column after the other. What guards it:
+
+- The error of one pass grows with the square of X's condition. Where `max |G - I|` is not well below 1, all is done again
+  in float64 with further passes, each on the result of the one before (CholeskyQR2, Yamamoto et al. 2015).
+- Where Cholesky fails, the first of them is shifted (shifted CholeskyQR3, Fukaya et al. 2020).
+- Where the result is still not orthonormal (X of deficient rank, or not finite), Householder, which always is.
+
+Otherwise Gram matrices are summed in X's dtype; they are factored in float64.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .linalg import orthonormality
+from .spectral import SpectralLinear
+
+Method = Literal["qr", "householder", "polar"]
+METHODS: Final[tuple[Method, ...]] = ("qr", "householder", "polar")
+
+_NEAR: Final = 0.1
+"""max |X^T X - I| up to which one pass of Cholesky-QR is as good as Householder: the condition is at most 1.2."""
+
+
+def retract(X: Tensor, method: Method = "qr") -> Tensor:
+    """The point of the Stiefel manifold that X is brought back to.
+
+    Args:
+        X: (..., m, k) with m >= k, float32 or float64; a batch of matrices of one shape, or one.
+        method: `qr`: Q of the QR decomposition whose R has a positive diagonal, by Cholesky-QR with fallbacks.
+            `householder`: the same by Householder reflections. `polar`: the nearest point, U V^T of X's SVD.
+
+    Returns:
+        (..., m, k) of the same dtype, X^T X = I to rounding.
+
+    Raises:
+        ValueError: X is wider than high, or the method is unknown.
+    """
+    if X.shape[-2] < X.shape[-1]:
+        raise ValueError(f"{tuple(X.shape[-2:])}: no more columns than rows can be orthonormal")
+    if method == "qr":
+        return cholesky_qr(X)
+    if method == "householder":
+        return householder_qr(X)
+    if method == "polar":
+        return _polar(X)
+    raise ValueError(f"retraction {method!r}: choose one of {', '.join(METHODS)}")
+
+
+def householder_qr(X: Tensor) -> Tensor:
+    """Q of X = Q R with a positive diagonal of R, X (..., m, k); where that is zero, its sign counts as positive.
+
+    The reference: LAPACK's reflections, one matrix after the other. (The paper's own code multiplies by sign(0) = 0 there,
+    which makes a column of zeros.)
+    """
+    Q, R = torch.linalg.qr(X)
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    return Q * torch.where(diagonal < 0, -1.0, 1.0).to(Q.dtype).unsqueeze(-2)
+
+
+def cholesky_qr(X: Tensor) -> Tensor:
+    """The same Q by Cholesky-QR, batched; see the module for what happens where that does not suffice."""
+    batch = X.reshape(-1, *X.shape[-2:])
+    G = _gram(batch)
+    L, info = torch.linalg.cholesky_ex(G)
+    Q = _divided(batch, L)
+    doubtful = ~((_distance(G) < _NEAR) & (info == 0))  # NaN is doubtful
+    if doubtful.any():
+        Q[doubtful] = _carefully(batch[doubtful].double()).to(X.dtype)
+    return Q.reshape(X.shape)
+
+
+def _carefully(X: Tensor) -> Tensor:
+    """Q (b, m, k) of matrices that may be far from orthonormal, float64."""
+    G = _gram(X)
+    L, info = torch.linalg.cholesky_ex(G)
+    Q = _divided(X, L)
+    failed = info != 0
+    if failed.any():
+        Q[failed] = _shifted(X[failed], G[failed])
+    for _ in range(2):
+        Q = _divided(Q, torch.linalg.cholesky_ex(_gram(Q))[0])
+    bad = ~(_distance(_gram(Q)) < 50 * torch.finfo(Q.dtype).eps)
+    if bad.any():
+        Q[bad] = householder_qr(X[bad])
+    return Q
+
+
+def _shifted(X: Tensor, G: Tensor) -> Tensor:
+    """The first of shifted CholeskyQR3's passes: a factor that exists, and a Q that two plain passes make orthonormal."""
+    rows, columns = X.shape[-2:]
+    norm = torch.linalg.matrix_norm(G.nan_to_num(), 2)  # of X squared
+    shift = 11.0 * (rows * columns + columns * (columns + 1)) * torch.finfo(X.dtype).eps * norm
+    shifted = G + torch.diag_embed(shift.unsqueeze(-1).expand(G.shape[:-1]))
+    return _divided(X, torch.linalg.cholesky_ex(shifted)[0])
+
+
+def _divided(X: Tensor, L: Tensor) -> Tensor:
+    """X L^-T; by the inverse, k x k, as a product of large matrices is what is fast."""
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    return X @ torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False).mT.to(X.dtype)
+
+
+def _gram(X: Tensor) -> Tensor:
+    """X^T X (b, k, k), float64."""
+    return (X.mT @ X).double()
+
+
+def _distance(G: Tensor) -> Tensor:
+    """max |G - I| of each of a batch."""
+    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    return (G - identity).abs().amax((-2, -1))
+
+
+def _polar(X: Tensor) -> Tensor:
+    """X (X^T X)^-1/2 by the eigenvalues of the Gram matrix; by an SVD where those are too small for it."""
+    eigenvalues, P = torch.linalg.eigh((X.mT.double() @ X.double()))
+    if float(eigenvalues.min()) > 1e-6 * float(eigenvalues.max()):
+        root = (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT
+        return (X.double() @ root).to(X.dtype)
+    U, _, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    return (U @ Vh).to(X.dtype)
+
+
+@torch.no_grad()
+def retract_(model: nn.Module, method: Method = "qr") -> None:
+    """Brings U and V of every spectral layer of a model back, in place; to be called after `optimizer.step()`.
+
+    Equal shapes go in one batch. The function that a layer computes changes with it: what R held is dropped, as in the
+    paper; `absorb_` keeps it.
+    """
+    for group in _by_shape(factors(model)):
+        if len(group) == 1:
+            group[0].copy_(retract(group[0], method))
+            continue
+        for factor, moved in zip(group, retract(torch.stack([*group]), method), strict=True):
+            factor.copy_(moved)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What `absorb_` turned a layer's columns by: `U_new = Q_U P`, `V_new = Q_V R`; both (k, k), orthogonal."""
+
+    P: Tensor
+    R: Tensor
+
+
+@torch.no_grad()
+def absorb_(layer: SpectralLinear) -> Rotation:
+    """Brings a layer back to orthonormal U, V and descending s >= 0 without changing its function.
+
+    `U = Q_U R_U`, `V = Q_V R_V`, and the SVD `R_U diag(s) R_V^T = P diag(s') R^T`, k x k in float64. What an optimiser
+    keeps for U and V in their columns is to be multiplied by P and R.
+    """
+    halves = []
+    for X in (layer.U, layer.V):
+        Q = cholesky_qr(X)
+        halves.append((Q, (Q.mT @ X).double()))
+    (QU, RU), (QV, RV) = halves
+    P, s, Rh = torch.linalg.svd(RU * layer.s.double() @ RV.mT)
+    layer.U.copy_(QU @ P.to(QU.dtype))
+    layer.V.copy_(QV @ Rh.mT.to(QV.dtype))
+    layer.s.copy_(s)
+    return Rotation(P, Rh.mT)
+
+
+def factors(model: nn.Module) -> list[nn.Parameter]:
+    """U and V of every spectral layer."""
+    layers = (module for module in model.modules() if isinstance(module, SpectralLinear))
+    return [factor for layer in layers for factor in (layer.U, layer.V)]
+
+
+def drift(model: nn.Module) -> float:
+    """max |X^T X - I| over all U and V, in float64: how far training has left the manifold."""
+    return max((orthonormality(factor.detach()) for factor in factors(model)), default=0.0)
+
+
+def _by_shape(tensors: Iterable[Tensor]) -> list[Sequence[Tensor]]:
+    groups: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
+    return list(groups.values())
