@@ -126,7 +126,7 @@ def _distance(G: Tensor) -> Tensor:
 
 def _polar(X: Tensor) -> Tensor:
     """X (X^T X)^-1/2 by the eigenvalues of the Gram matrix; by an SVD where those are too small for it."""
-    eigenvalues, P = torch.linalg.eigh((X.mT.double() @ X.double()))
+    eigenvalues, P = torch.linalg.eigh(X.mT.double() @ X.double())
     if float(eigenvalues.min()) > 1e-6 * float(eigenvalues.max()):
         root = (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT
         return (X.double() @ root).to(X.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from .common import DTYPE, print_json, progress_bar
@@ -11,7 +9,7 @@ from .common import DTYPE, print_json, progress_bar
 
 @click.command(short_help="Measure a model's perplexity on a text.")
 @click.argument("model")
-@click.option("--text", required=True, type=click.Path(), help="UTF-8 text file.")
+@click.option("--text", required=True, type=click.Path(), help="UTF-8 text file, or .jsonl with a text field.")
 @click.option("--context", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--dtype", type=DTYPE, help="Compute in this dtype.  [default: as stored]")
@@ -27,6 +25,7 @@ def evaluate(
     from dataclasses import asdict
 
     from sctconv.runtime.evaluate import EvaluationError, perplexity
+    from sctconv.runtime.texts import read_text
     from sctconv.sources.model import load_any
 
     words = read_text(text)
@@ -48,20 +47,3 @@ def evaluate(
         f"perplexity {result.perplexity:.6g} +- {result.stderr:.2g}   nll {result.nll:.4f} nats a token   "
         f"{result.tokens} tokens in {result.windows} windows of {context}"
     )
-
-
-def read_text(path: str) -> str:
-    """A UTF-8 text file.
-
-    Raises:
-        EvaluationError: it is empty or not UTF-8.
-    """
-    from sctconv.runtime.evaluate import EvaluationError
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if not text.strip():
-        raise EvaluationError(f"{path}: an empty text")
-    return text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sctconv.formats.errors import SctError
+from sctconv.runtime.texts import HUB, TextError, read_text
 
 HELD_OUT: Final = 16
 """One window in so many is kept aside to measure on, at least one."""
 
 
 class CalibrationError(SctError):
-    """The calibration text is missing, unreadable or too short."""
+    """The calibration text is too short, or the model cannot read it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_calibration(sources: Sequence[str], tokenizer: Any, *, tokens: int, con
         context: tokens in a window.
 
     Raises:
-        CalibrationError: a text cannot be read or has less than two windows in all.
+        TextError: a text cannot be read. CalibrationError: it has less than two windows.
     """
     share = -(-tokens // (context * len(sources)))  # windows of each, without those held out
     share += max(1, -(-share // HELD_OUT))
@@ -75,54 +75,14 @@ def load_calibration(sources: Sequence[str], tokenizer: Any, *, tokens: int, con
         aside[-1] |= not aside.any()
         fit.append(windows[~aside])
         held_out.append(windows[aside])
-        names.append((Path(source).name if not source.startswith("hub:") else source, fit[-1].numel()))
+        names.append((Path(source).name if not source.startswith(HUB) else source, fit[-1].numel()))
     return Calibration(torch.cat(fit), torch.cat(held_out), tuple(names))
 
 
 def _read(source: str) -> str:
-    if source.startswith("hub:"):
-        return "\n\n".join(_hub_texts(source))
-    path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise CalibrationError(f"{source}: cannot be read ({error.strerror})") from None
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(_jsonl_texts(source, text))
-    if not text.strip():
-        raise CalibrationError(f"{source}: an empty text")
-    return text
-
-
-def _jsonl_texts(source: str, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CalibrationError(f"{source}: line {number} is not a JSON object with a text field") from None
-        if not isinstance(text, str):
-            raise CalibrationError(f"{source}: the text field of line {number} is not a string")
-        yield text
-
-
-def _hub_texts(source: str) -> list[str]:
-    name, _, config = source.removeprefix("hub:").partition(":")
-    way_out = "give --calibration FILE.txt, or --data-free for the plain truncation"
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"{source}: taking text from the Hub needs the package `datasets` (pip install 'sctconv[datasets]'); {way_out}"
-        ) from None
-    try:
-        rows = datasets.load_dataset(name, config or None, split="train")
-        return [row["text"] for row in rows]
-    except Exception as error:  # datasets raises what the libraries under it do
-        text = " ".join(str(error).split())[:160]
-        raise CalibrationError(
-            f"{source}: cannot be had from the Hub ({type(error).__name__}: {text}); {way_out}"
-        ) from None
+        return read_text(source)
+    except TextError as error:
+        if not source.startswith(HUB):
+            raise
+        raise TextError(f"{error}; give --calibration FILE.txt, or --data-free for the plain truncation") from None

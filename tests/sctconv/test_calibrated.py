@@ -18,12 +18,13 @@ from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
 from sctconv.convert.allocate import TRIALS, Sensitivity, knapsack
 from sctconv.convert.budget import MemoryPlan, plan_memory
-from sctconv.convert.calibration import CalibrationError, load_calibration
+from sctconv.convert.calibration import load_calibration
 from sctconv.convert.decoder import Decoder
 from sctconv.convert.metric import CLAMP, output_metric
 from sctconv.convert.plan import LayerPlan, make_plan
 from sctconv.convert.sweep import Sweep
 from sctconv.errors import OptionError
+from sctconv.formats.errors import SctError
 from sctconv.runtime.skeleton import linear_layers, load_tokenizer
 from sctconv.runtime.verify import verify
 from sctconv.sources import open_source
@@ -236,7 +237,7 @@ def test_mixtures_take_equal_shares_and_jsonl_its_text(tmp_path: Path) -> None:
         ("empty.txt", b"  \n", "an empty text"),
         ("broken.txt", b"abc\xff\xfe", r"not UTF-8 text \(byte 3\)"),
         ("missing.txt", None, "cannot be read"),
-        ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', "line 2 is not a JSON object with a text field"),
+        ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', "the text field of record 2 is missing"),
         ("number.jsonl", b'{"text": 3}\n', "text field of line 1 is not a string"),
     ],
 )
@@ -245,7 +246,7 @@ def test_texts_that_cannot_be_used_are_one_line(name: str, content: bytes | None
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CalibrationError, match=message) as caught:
+    with pytest.raises(SctError, match=message) as caught:
         convert(str(source), tmp_path / "o.sct", _options(source).__class__(rank=4, calibration=(str(path),),
                 calibration_tokens=4096, calibration_context=64))  # fmt: skip
     assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,87 @@
+"""Text to evaluate, calibrate and train on: files and datasets, as the records in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from sctconv.formats.errors import SctError
+
+HUB: Final = "hub:"
+"""What the name of a dataset on the Hub begins with."""
+
+
+class TextError(SctError):
+    """A text is missing, unreadable or not text."""
+
+
+def read_text(source: str) -> str:
+    """All of a text as one string; the records of a .jsonl file or a dataset with an empty line between them.
+
+    Args:
+        source: path of a .txt or .jsonl file (`text` field), or `hub:DATASET[:CONFIG]`.
+
+    Raises:
+        TextError: it cannot be read or holds no text.
+    """
+    if source.startswith(HUB) or Path(source).suffix == ".jsonl":
+        parts = []
+        for number, record in enumerate(records(source), 1):
+            text = record.get("text")
+            if not isinstance(text, str):
+                what = "is not a string" if "text" in record else "is missing"
+                raise TextError(f"{source}: the text field of record {number} {what}")
+            parts.append(text)
+        whole = "\n\n".join(parts)
+    else:
+        whole = _content(source)
+    if not whole.strip():
+        raise TextError(f"{source}: an empty text")
+    return whole
+
+
+def records(source: str) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl file or of a dataset on the Hub, in order.
+
+    Raises:
+        TextError: it cannot be read, or a line is not a JSON object.
+    """
+    if source.startswith(HUB):
+        yield from _hub_records(source)
+        return
+    for number, line in enumerate(_content(source).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise TextError(f"{source}: line {number} is not a JSON object")
+        yield record
+
+
+def _content(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise TextError(f"{source}: cannot be read ({error.strerror})") from None
+
+
+def _hub_records(source: str) -> Iterator[dict[str, Any]]:
+    name, _, config = source.removeprefix(HUB).partition(":")
+    try:
+        import datasets
+    except ImportError:
+        raise TextError(
+            f"{source}: taking text from the Hub needs the package `datasets` (pip install 'sctconv[datasets]')"
+        ) from None
+    try:
+        yield from datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:  # datasets raises what the libraries under it do
+        text = " ".join(str(error).split())[:160]
+        raise TextError(f"{source}: cannot be had from the Hub ({type(error).__name__}: {text})") from None
