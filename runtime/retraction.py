@@ -16,8 +16,6 @@ Otherwise Gram matrices are summed in X's dtype; they are factored in float64.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from .linalg import orthonormality
 from .spectral import SpectralLinear
+from .tensors import by_shape
 
 Method = Literal["qr", "householder", "polar"]
 METHODS: Final[tuple[Method, ...]] = ("qr", "householder", "polar")
@@ -134,6 +133,16 @@ def _polar(X: Tensor) -> Tensor:
     return (U @ Vh).to(X.dtype)
 
 
+def tangent(X: Tensor, G: Tensor) -> Tensor:
+    """The part of G along the manifold at X: `G - X sym(X^T G)`, both (..., m, k).
+
+    For the Euclidean gradient G this is the Riemannian one; for a momentum of earlier steps, its projection to where X is
+    now (Absil, Mahony and Sepulchre 2008, section 3.6.1).
+    """
+    product = X.mT @ G
+    return G - X @ (0.5 * (product + product.mT))
+
+
 @torch.no_grad()
 def retract_(model: nn.Module, method: Method = "qr") -> None:
     """Brings U and V of every spectral layer of a model back, in place; to be called after `optimizer.step()`.
@@ -141,7 +150,7 @@ def retract_(model: nn.Module, method: Method = "qr") -> None:
     Equal shapes go in one batch. The function that a layer computes changes with it: what R held is dropped, as in the
     paper; `absorb_` keeps it.
     """
-    for group in _by_shape(factors(model)):
+    for group in by_shape(factors(model)):
         if len(group) == 1:
             group[0].copy_(retract(group[0], method))
             continue
@@ -185,10 +194,3 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 def drift(model: nn.Module) -> float:
     """max |X^T X - I| over all U and V, in float64: how far training has left the manifold."""
     return max((orthonormality(factor.detach()) for factor in factors(model)), default=0.0)
-
-
-def _by_shape(tensors: Iterable[Tensor]) -> list[Sequence[Tensor]]:
-    groups: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
-    return list(groups.values())

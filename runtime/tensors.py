@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,8 @@ from sctconv.formats.dtypes import numpy_dtype
 from sctconv.formats.errors import FormatError
 from sctconv.formats.index import TensorEntry
 from sctconv.formats.reader import SctFile
+
+_T = TypeVar("_T", bound=Tensor)
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -68,3 +71,11 @@ def to_torch(array: np.ndarray) -> Tensor:
     if (dtype := _NOT_IN_NUMPY.get(array.dtype)) is None:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(f"i{dtype.itemsize}")).view(dtype)
+
+
+def by_shape(tensors: Iterable[_T]) -> list[list[_T]]:
+    """Tensors that can be stacked stand together: of one shape, dtype and device; in the order of the first of each."""
+    groups: dict[tuple[object, ...], list[_T]] = {}
+    for tensor in tensors:
+        groups.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())

@@ -238,7 +238,7 @@ def test_mixtures_take_equal_shares_and_jsonl_its_text(tmp_path: Path) -> None:
         ("broken.txt", b"abc\xff\xfe", r"not UTF-8 text \(byte 3\)"),
         ("missing.txt", None, "cannot be read"),
         ("bad.jsonl", b'{"text": "a"}\n{"txt": 1}\n', "the text field of record 2 is missing"),
-        ("number.jsonl", b'{"text": 3}\n', "text field of line 1 is not a string"),
+        ("number.jsonl", b'{"text": 3}\n', "the text field of record 1 is not a string"),
     ],
 )
 def test_texts_that_cannot_be_used_are_one_line(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""A trained model as a .sct file, and a run that can be gone on with as one that also holds its moments.
+
+A checkpoint is an ordinary .sct file with float32 weights: it loads, evaluates and generates like any other. What a run
+needs besides is in tensors named `optimizer.first.NAME` and `optimizer.second.NAME` and in `metadata["training"]`; it is
+written whole or not at all, with checksums, like every .sct file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sctconv.formats.dtypes import FLOATS, numpy_dtype
+from sctconv.formats.index import TensorEntry
+from sctconv.formats.reader import SctFile
+from sctconv.formats.writer import SctWriter
+
+from ..retraction import absorb_
+from ..spectral import SpectralLinear
+from ..tensors import mapped_tensor, to_numpy
+from .data import TrainData
+from .loop import TrainState
+from .options import TrainError, TrainOptions
+
+_MOMENTS: Final = "optimizer."
+
+
+def save_model(
+    model: nn.Module,
+    source: SctFile,
+    path: str | os.PathLike[str],
+    *,
+    training: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes a trained model in the dtypes of the file that it came from, in SCT form: s descending and not negative.
+
+    Layer records lose what was said of the truncation, which is no longer true.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    for module in model.modules():
+        if isinstance(module, SpectralLinear):
+            absorb_(module)
+    _write(model, source, path, {"training": dict(training)}, None, overwrite=overwrite)
+
+
+def save_checkpoint(
+    model: nn.Module,
+    source: SctFile,
+    state: TrainState,
+    options: TrainOptions,
+    data: TrainData,
+    path: str | os.PathLike[str],
+) -> None:
+    """Writes all that a run needs to go on exactly where it is; replaces what stands there.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    training = {
+        "options": options.to_json(),
+        "data": fingerprint(data),
+        "step": state.step,
+        "best": state.best,
+        "best_step": state.best_step,
+    }
+    _write(model, source, path, {"training": training}, state, overwrite=True)
+
+
+def restore(
+    model: nn.Module, state: TrainState, options: TrainOptions, data: TrainData, path: str | os.PathLike[str]
+) -> TrainState:
+    """Puts a checkpoint's weights into a model and its moments into a fresh state.
+
+    Raises:
+        FormatError: the file is damaged or none. TrainError: it is no checkpoint, or of a run with other options or data;
+            the first that differs is named.
+    """
+    with SctFile(path) as file:
+        training = file.index.metadata.get("training")
+        if not isinstance(training, dict) or not any(name.startswith(_MOMENTS) for name in file.index.tensors):
+            raise TrainError(f"{path}: a model, not a checkpoint of a run; train it without --resume")
+        mine = {**options.to_json(), "data": fingerprint(data)}
+        theirs = {**training.get("options", {}), "data": training.get("data")}
+        for name, value in mine.items():
+            if theirs.get(name) != value:
+                raise TrainError(
+                    f"{path}: was made with {name} {theirs.get(name)}, not {value}; resume it as it was begun"
+                )
+        for entry in file.index.tensors.values():
+            file.verify(entry)
+        tensors = file.index.tensors
+        with torch.no_grad():
+            for name, place in model.state_dict(keep_vars=True).items():
+                if name in tensors:
+                    place.copy_(mapped_tensor(file, tensors[name]))
+        for name, parameter in _trained(model, state):
+            moments = {
+                key: mapped_tensor(file, tensors[f"{_MOMENTS}{kind}.{name}"]).clone().to(parameter.device)
+                for kind, key in _names(state).items()
+            }
+            is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
+            count = {"step": torch.tensor(float(training["step"]))} if is_adamw else {"count": training["step"]}
+            state.optimizer.state[parameter] = {**moments, **count}
+        return replace(state, step=training["step"], best=training["best"], best_step=training["best_step"])
+
+
+def fingerprint(data: TrainData) -> str:
+    """sha256 of the windows and of which of their tokens are learned."""
+    digest = hashlib.sha256()
+    for tensor in (data.windows, data.learned, data.held_out, data.held_out_learned):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(
+    model: nn.Module,
+    source: SctFile,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+    state: TrainState | None,
+    *,
+    overwrite: bool,
+) -> None:
+    places = dict(model.state_dict(keep_vars=True))
+    index = source.index
+    with SctWriter(path, overwrite=overwrite, metadata={**index.metadata, **metadata}, extra=index.extra) as out:
+        for entry in index.tensors.values():
+            if entry.name.startswith(_MOMENTS):
+                continue
+            dtype = "F32" if state and entry.dtype in FLOATS and entry.name in places else entry.dtype
+            out.add_tensor(entry.name, _pieces(source, entry, places), dtype=dtype, shape=entry.shape)
+        for name, kind, tensor in _moments(model, state):
+            out.add_tensor(f"{_MOMENTS}{kind}.{name}", to_numpy(tensor.cpu()))
+        for record in index.layers.values():
+            layer = model.get_submodule(record.name)
+            if any(parameter.requires_grad for parameter in layer.parameters()):
+                record = replace(record, energy=None, error=None, extra={})
+            out.add_layer(replace(record, dtype="F32") if state else record)
+        for name, file in index.files.items():
+            out.add_file(name, source.file(name), extra=file.extra)
+        out.commit()
+
+
+def _pieces(source: SctFile, entry: TensorEntry, places: Mapping[str, Tensor]) -> Iterator[np.ndarray]:
+    """A tensor of the model; one that the model has no place for as it stands in the file."""
+    if entry.name in places:
+        yield to_numpy(places[entry.name].detach().cpu())
+        return
+    for piece in source.pieces(entry):
+        yield np.frombuffer(piece, numpy_dtype(entry.dtype))
+
+
+def _moments(model: nn.Module, state: TrainState | None) -> Iterator[tuple[str, str, Tensor]]:
+    if state is None:
+        return
+    for name, parameter in _trained(model, state):
+        for kind, key in _names(state).items():
+            yield name, kind, state.optimizer.state[parameter][key]
+
+
+def _trained(model: nn.Module, state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
+    moving = {id(parameter) for group in state.optimizer.param_groups for parameter in group["params"]}
+    return ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) in moving)
+
+
+def _names(state: TrainState) -> dict[str, str]:
+    """Our names of the moments -> the optimiser's."""
+    if isinstance(state.optimizer, torch.optim.AdamW):
+        return {"first": "exp_avg", "second": "exp_avg_sq"}
+    return {"first": "first", "second": "second"}

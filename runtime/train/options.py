@@ -1,0 +1,118 @@
+"""What a training run can be told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from sctconv.formats.errors import SctError
+
+from ..retraction import METHODS
+
+SCHEDULES: Final = ("cosine", "wsd", "constant")
+OPTIMIZERS: Final = ("spectral", "adamw")
+PARTS: Final = ("all", "factors", "norms")
+
+
+class TrainError(SctError):
+    """A training run cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Length, rates and checks of a run.
+
+    Attributes:
+        steps: of the optimiser.
+        batch: windows of a step; micro_batch: windows that go through the model at once.
+        context: tokens in a window.
+        optimizer: `spectral` (each kind of parameter in its own unit) or `adamw` (the paper's: one rate, then QR).
+        rate: of `adamw`, and of dense matrices in `spectral`.
+        angle: radians that a column of U or V turns in a step of `spectral`.
+        singular_rate: relative change of s in a step of `spectral`.
+        norm_rate, embedding_rate: of vectors and of embeddings with the head; 0 freezes them.
+        weight_decay: of s.
+        clip: largest norm of the gradient of all parameters; 0 for none.
+        schedule: `cosine`, `wsd` (constant, the last fifth falling to nothing) or `constant`, after the warm-up.
+        warm_up: share of the steps in which rates rise from nothing.
+        retraction: `qr`, `householder`, `polar`, or `none` until the end.
+        retract_every: steps between retractions with `adamw`.
+        train: `all`, `factors` or `norms`.
+        bf16: whether products are bfloat16; weights and moments stay float32.
+        checkpointing: whether activations are computed again in the backward pass.
+        teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.
+        temperature: of that KL.
+        held_out: share of the windows that is kept aside to measure on.
+        eval_every: steps between looks at them; 0 for only the first and the last.
+        seed: of the order of the windows.
+
+    Raises:
+        TrainError: a value is out of range.
+    """
+
+    steps: int = 300
+    batch: int = 4
+    micro_batch: int = 2
+    context: int = 512
+    optimizer: Literal["spectral", "adamw"] = "spectral"
+    rate: float = 1e-4
+    angle: float = 3e-3
+    singular_rate: float = 1e-3
+    norm_rate: float = 1e-4
+    embedding_rate: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: str = "cosine"
+    warm_up: float = 0.05
+    retraction: str = "qr"
+    retract_every: int = 1
+    train: str = "all"
+    bf16: bool = False
+    checkpointing: bool = False
+    teacher_weight: float = 0.5
+    temperature: float = 1.0
+    held_out: float = 0.05
+    eval_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "retract_every"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        if self.context < 2:
+            raise TrainError(f"--context {self.context}: at least 2")
+        if self.batch % self.micro_batch:
+            raise TrainError(f"--batch {self.batch}: not a multiple of --micro-batch {self.micro_batch}")
+        for name in ("rate", "angle", "singular_rate", "norm_rate", "embedding_rate", "weight_decay", "clip"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: not negative and finite")
+        for name in ("warm_up", "teacher_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 and 1")
+        if not 0.0 < self.held_out < 1.0:
+            raise TrainError(f"--held-out {self.held_out}: between 0 and 1, both excluded")
+        if not self.temperature > 0.0:
+            raise TrainError(f"--temperature {self.temperature}: above 0")
+        choices: dict[str, tuple[str, ...]] = {
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "retraction": (*METHODS, "none"), "train": PARTS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise TrainError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
+
+    def factor(self, step: int) -> float:
+        """What all rates are multiplied with in a step, counted from 0."""
+        warm = max(1, round(self.warm_up * self.steps)) if self.warm_up else 0
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        if self.schedule == "wsd":
+            return min(1.0, (1.0 - done) / 0.2)
+        return 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for provenance and to compare with on resuming."""
+        return asdict(self)

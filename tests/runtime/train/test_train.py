@@ -1,0 +1,298 @@
+"""Training on factors: what a run promises, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sctconv
+from sctconv import SctFile
+from sctconv.convert import ConvertOptions, convert
+from sctconv.formats.errors import SctError
+from sctconv.runtime.retraction import drift, retract, tangent
+from sctconv.runtime.spectral import SpectralLinear
+from sctconv.runtime.train import (
+    TrainData,
+    TrainError,
+    TrainOptions,
+    TrainState,
+    load_data,
+    restore,
+    save_checkpoint,
+    save_model,
+    start,
+    train,
+)
+from sctconv.runtime.train.optimizer import SpectralAdam
+from sctconv.runtime.verify import verify
+from tests.models import save, tiny_model, tiny_tokenizer
+
+TEXT = "".join(f"{place} apples and {place % 5} pears. " for place in range(900))
+
+
+@pytest.fixture(scope="module")
+def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("train")
+    source = save(tiny_model("llama", vocab_size=260), directory / "m")
+    tiny_tokenizer(source)
+    (directory / "text.txt").write_text(TEXT)
+    convert(str(source), directory / "m.sct", ConvertOptions(rank=6, modules="all"))
+    return directory / "m.sct"
+
+
+def _options(**changes: Any) -> TrainOptions:
+    settings = {"steps": 12, "batch": 4, "micro_batch": 2, "context": 32, "eval_every": 4, "norm_rate": 1e-3}
+    return TrainOptions(**{**settings, "rate": 1e-3, "angle": 0.02, "singular_rate": 0.01, **changes})
+
+
+def _data(factored: Path) -> TrainData:
+    tokenizer = sctconv.load(factored).tokenizer
+    return load_data([str(factored.parent / "text.txt")], tokenizer, context=32, held_out=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
+def test_it_learns_and_stays_on_the_manifold(optimizer: str, factored: Path) -> None:
+    model, data = sctconv.load(factored).model, _data(factored)
+    state = train(model, data, _options(optimizer=optimizer, steps=30))
+    looks = [step.held_out for step in state.history if step.held_out is not None]
+    assert state.best < looks[0] and state.step == 30 and len(state.history) == 30
+    assert all(step.drift < 1e-5 for step in state.history if step.drift is not None)
+    assert drift(model) < 1e-5
+    assert all((layer.s > 0).all() for layer in model.modules() if isinstance(layer, SpectralLinear))
+
+
+def test_the_dense_matrix_never_exists(factored: Path) -> None:
+    model, data = sctconv.load(factored).model, _data(factored)
+    train(model, data, _options(steps=1))
+    for layer in model.modules():
+        if isinstance(layer, SpectralLinear):
+            assert layer.U.grad is not None and layer.U.grad.shape == layer.U.shape
+            assert not hasattr(layer, "weight")
+
+
+@pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
+    optimizer: str, factored: Path, tmp_path: Path
+) -> None:
+    data, options = _data(factored), _options(optimizer=optimizer)
+    whole = sctconv.load(factored).model
+    train(whole, data, options)
+
+    class StopError(Exception):
+        pass
+
+    first = sctconv.load(factored).model
+    state = start(first, options)
+
+    def stop(progress: Any) -> None:
+        if progress.step == 7:
+            raise StopError
+
+    with SctFile(factored) as source:
+        with pytest.raises(StopError):
+            train(first, data, options, state=state, on_step=stop)
+        save_checkpoint(first, source, state, options, data, tmp_path / "c.sct")
+    second = sctconv.load(tmp_path / "c.sct").model
+    state = restore(second, start(second, options), options, data, tmp_path / "c.sct")
+    assert state.step == 7
+    train(second, data, options, state=state)
+    for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_another_run_is_not_resumed(factored: Path, tmp_path: Path) -> None:
+    model, data, options = sctconv.load(factored).model, _data(factored), _options(steps=2)
+    state = train(model, data, options)
+    with SctFile(factored) as source:
+        save_checkpoint(model, source, state, options, data, tmp_path / "c.sct")
+        save_model(model, source, tmp_path / "m.sct", training={})
+    fresh = start(model, options)
+    with pytest.raises(TrainError, match=r"c.sct: was made with seed 0, not 1"):
+        restore(model, fresh, _options(steps=2, seed=1), data, tmp_path / "c.sct")
+    other = load_data([str(factored.parent / "text.txt")], sctconv.load(factored).tokenizer, context=32, held_out=0.2)
+    with pytest.raises(TrainError, match="was made with data"):
+        restore(model, fresh, options, other, tmp_path / "c.sct")
+    with pytest.raises(TrainError, match="a model, not a checkpoint"):
+        restore(model, fresh, options, data, tmp_path / "m.sct")
+
+
+def test_what_was_trained_is_what_is_saved(factored: Path, tmp_path: Path) -> None:
+    model, data = sctconv.load(factored).model, _data(factored)
+    train(model, data, _options())
+    ids = data.held_out[:1]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with SctFile(factored) as source:
+            save_model(model, source, tmp_path / "n.sct", training={"steps": 12})
+        after = sctconv.load(tmp_path / "n.sct").model(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    verify(tmp_path / "n.sct")
+    with SctFile(tmp_path / "n.sct") as file:
+        assert file.index.metadata["training"] == {"steps": 12}
+        assert all(record.energy is None and record.error is None for record in file.index.layers.values())
+
+
+@pytest.mark.parametrize(("part", "moving"), [("factors", "U"), ("norms", "norm"), ("all", "")])
+def test_only_what_is_asked_for_moves(part: str, moving: str, factored: Path) -> None:
+    before, model, data = sctconv.load(factored).model, sctconv.load(factored).model, _data(factored)
+    train(model, data, _options(train=part, steps=3))
+    changed = {
+        name
+        for (name, one), other in zip(before.state_dict().items(), model.state_dict().values(), strict=True)
+        if not torch.allclose(one, other, rtol=0, atol=1e-5)
+    }
+    assert changed and not any("embed_tokens" in name for name in changed), "embeddings are frozen unless asked for"
+    if part == "factors":
+        assert all(name.endswith((".U", ".s", ".V")) for name in changed)
+    elif part == "norms":
+        assert all("norm" in name or name.endswith("bias") for name in changed)
+    assert any(moving in name for name in changed)
+
+
+def test_a_teacher_is_followed(factored: Path) -> None:
+    teacher = tiny_model("llama", vocab_size=260)
+    model, data = sctconv.load(factored).model, _data(factored)
+
+    def kl() -> float:
+        with torch.no_grad():
+            logs = [torch.log_softmax(each(input_ids=data.held_out).logits, -1) for each in (model, teacher)]
+        return float(torch.nn.functional.kl_div(logs[0], logs[1], log_target=True, reduction="batchmean"))
+
+    before = kl()
+    train(model, data, _options(teacher_weight=1.0, steps=30), teacher=teacher)
+    assert kl() < 0.8 * before
+    with pytest.raises(TrainError, match="the teacher has a vocabulary of 128, the model one of 260"):
+        train(model, data, _options(), teacher=tiny_model("llama", vocab_size=128))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(factored: Path) -> None:
+    model, data = sctconv.load(factored).model, _data(factored)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.fill_(float("nan"))
+    with pytest.raises(TrainError, match="step 1: the loss is nan"):
+        train(model, data, _options())
+
+
+def test_a_step_turns_each_column_by_its_angle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.nn.Parameter(torch.linalg.qr(torch.randn(400, 6, generator=generator))[0])
+    before = X.detach().clone()
+    optimizer = SpectralAdam(
+        [{"params": [X], "kind": "stiefel", "rate": 0.01}], tangent=lambda X, G: tangent(X, G), retract=retract
+    )
+    X.grad = torch.randn(400, 6, generator=generator)
+    optimizer.step()
+    angles = torch.acos((before * X.detach()).sum(0).double().clamp(-1, 1))
+    torch.testing.assert_close(angles, torch.full((6,), 0.01, dtype=torch.float64), rtol=0.05, atol=0)
+
+
+def test_singular_values_move_by_a_share_of_themselves() -> None:
+    s = torch.nn.Parameter(torch.tensor([100.0, 1.0, 0.01]))
+    optimizer = SpectralAdam([{"params": [s], "kind": "singular", "rate": 0.01}], tangent=tangent, retract=None)
+    s.grad = torch.tensor([1.0, -1.0, 1.0])
+    optimizer.step()
+    torch.testing.assert_close(
+        s.detach(), torch.tensor([100.0, 1.0, 0.01]) * torch.exp(torch.tensor([-0.01, 0.01, -0.01]))
+    )
+    with pytest.raises(ValueError, match="kind 'sphere'"):
+        SpectralAdam([{"params": [s], "kind": "sphere"}], tangent=tangent, retract=None)
+
+
+def test_gradients_are_finite_differences() -> None:
+    layer = SpectralLinear(5, 4, 2).double()
+    layer.s.data = layer.s.data.double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(layer.parameters())
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        names = [name for name, _ in layer.named_parameters()]
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+def test_records_and_what_of_them_is_learned(factored: Path, tmp_path: Path) -> None:
+    tokenizer = sctconv.load(factored).tokenizer
+    lines: list[dict[str, Any]] = [
+        {"prompt": "How many?", "completion": " Seven."},
+        {"text": "Plain words."},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(line) for line in lines * 20))
+    data = load_data([str(tmp_path / "r.jsonl")], tokenizer, context=64, held_out=0.1)
+    ids = torch.cat([data.windows[:1], data.windows[1:]]).flatten()
+    learned = tokenizer.decode(data.windows[0][data.learned[0]])
+    assert "How many?" not in learned and " Seven." in learned and "Plain words." in learned
+    assert "Ho" in learned and "Hi" not in learned and "user:" not in learned
+    assert len(ids) == data.windows.numel() and data.sources[0][0] == "r.jsonl"
+
+
+def test_batches_are_decided_by_seed_and_step(factored: Path) -> None:
+    data = _data(factored)
+    one, other = data.batch(3, 4, seed=0), data.batch(3, 4, seed=0)
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[0], data.batch(3, 4, seed=1)[0])
+    count = len(data.windows)
+    epoch = torch.cat([data.batch(step, 1, 0)[0] for step in range(count)])
+    assert torch.equal(epoch.sort(0).values, data.windows.sort(0).values), "each window once an epoch"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("short", "less than two windows of 32"),
+        ("", "an empty text"),
+        ('{"nothing": 1}\n', "record 1 has neither text, nor prompt and completion, nor messages"),
+        ('{"messages": [{"content": "no role"}]}\n', "record 1: the chat template cannot render it"),
+        ("not json\n", "line 1 is not a JSON object"),
+    ],
+)
+def test_texts_that_cannot_be_used(content: str, message: str, factored: Path, tmp_path: Path) -> None:
+    path = tmp_path / ("t.jsonl" if content.endswith("\n") else "t.txt")
+    path.write_text(content)
+    with pytest.raises(SctError, match=message):
+        load_data([str(path)], sctconv.load(factored).tokenizer, context=32, held_out=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"batch": 3}, "--batch 3: not a multiple of --micro-batch 2"),
+        ({"rate": -1.0}, "--rate -1.0"),
+        ({"angle": float("nan")}, "--angle nan"),
+        ({"schedule": "linear"}, "--schedule linear: choose one of cosine"),
+        ({"held_out": 1.0}, "--held-out 1.0"),
+        ({"train": "heads"}, "--train heads: choose one of all"),
+    ],
+)
+def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        _options(**changes)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_schedules(schedule: str) -> None:
+    options = _options(steps=100, schedule=schedule, warm_up=0.1)
+    factors = [options.factor(step) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)]) and max(factors) == 1.0
+    assert factors[-1] < 0.06 if schedule != "constant" else factors[-1] == 1.0
+    assert all(0.0 <= factor <= 1.0 for factor in factors)
+
+
+def test_best_is_told_when_it_is_reached(factored: Path) -> None:
+    model, data = sctconv.load(factored).model, _data(factored)
+    told: list[tuple[int, float]] = []
+
+    def best(state: TrainState) -> None:
+        told.append((state.step, state.best))
+
+    state = train(model, data, _options(steps=12), on_best=best)
+    assert told[0][0] == 0 and told[-1] == (state.best_step, state.best)
+    assert [loss for _, loss in told] == sorted((loss for _, loss in told), reverse=True)
