@@ -167,22 +167,31 @@ class Rotation:
 
 
 @torch.no_grad()
-def absorb_(layer: SpectralLinear) -> Rotation:
-    """Brings a layer back to orthonormal U, V and descending s >= 0 without changing its function.
+def absorbed(U: Tensor, s: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Rotation]:
+    """`U diag(s) V^T` again, with orthonormal U and V and descending s >= 0.
 
     `U = Q_U R_U`, `V = Q_V R_V`, and the SVD `R_U diag(s) R_V^T = P diag(s') R^T`, k x k in float64. What an optimiser
     keeps for U and V in their columns is to be multiplied by P and R.
+
+    Args:
+        U, s, V: (m, k), (k,), (n, k) of full rank; the sign and order of s are free.
     """
     halves = []
-    for X in (layer.U, layer.V):
+    for X in (U, V):
         Q = cholesky_qr(X)
         halves.append((Q, (Q.mT @ X).double()))
     (QU, RU), (QV, RV) = halves
-    P, s, Rh = torch.linalg.svd(RU * layer.s.double() @ RV.mT)
-    layer.U.copy_(QU @ P.to(QU.dtype))
-    layer.V.copy_(QV @ Rh.mT.to(QV.dtype))
-    layer.s.copy_(s)
-    return Rotation(P, Rh.mT)
+    P, values, Rh = torch.linalg.svd(RU * s.double() @ RV.mT)
+    return QU @ P.to(QU.dtype), values.to(s.dtype), QV @ Rh.mT.to(QV.dtype), Rotation(P, Rh.mT)
+
+
+@torch.no_grad()
+def absorb_(layer: SpectralLinear) -> Rotation:
+    """Brings a layer back to SCT form without changing its function; see `absorbed`."""
+    U, s, V, rotation = absorbed(layer.U, layer.s, layer.V)
+    for factor, moved in zip((layer.U, layer.s, layer.V), (U, s, V), strict=True):
+        factor.copy_(moved)
+    return rotation
 
 
 def factors(model: nn.Module) -> list[nn.Parameter]:

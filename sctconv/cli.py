@@ -19,6 +19,7 @@ from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.report import report
+from .commands.train import train
 from .commands.verify import verify
 from .formats.errors import SctError
 
@@ -62,5 +63,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (convert, inspect, report, verify, evaluate, generate):
+for command in (convert, inspect, report, verify, evaluate, generate, train):
     main.add_command(command)

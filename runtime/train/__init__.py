@@ -4,8 +4,10 @@ from .checkpoint import restore, save_checkpoint, save_model
 from .data import TrainData, load_data
 from .loop import Progress, TrainState, start, train
 from .options import TrainError, TrainOptions
+from .run import Files, run
 
 __all__ = [
+    "Files",
     "Progress",
     "TrainData",
     "TrainError",
@@ -13,6 +15,7 @@ __all__ = [
     "TrainState",
     "load_data",
     "restore",
+    "run",
     "save_checkpoint",
     "save_model",
     "start",

@@ -22,7 +22,7 @@ from sctconv.formats.index import TensorEntry
 from sctconv.formats.reader import SctFile
 from sctconv.formats.writer import SctWriter
 
-from ..retraction import absorb_
+from ..retraction import absorbed
 from ..spectral import SpectralLinear
 from ..tensors import mapped_tensor, to_numpy
 from .data import TrainData
@@ -47,9 +47,6 @@ def save_model(
     Raises:
         OutputError: the file cannot be written.
     """
-    for module in model.modules():
-        if isinstance(module, SpectralLinear):
-            absorb_(module)
     _write(model, source, path, {"training": dict(training)}, None, overwrite=overwrite)
 
 
@@ -132,6 +129,11 @@ def _write(
     overwrite: bool,
 ) -> None:
     places = dict(model.state_dict(keep_vars=True))
+    if state is None:
+        for name, module in model.named_modules():
+            if isinstance(module, SpectralLinear):
+                factors = absorbed(module.U, module.s, module.V)[:3]
+                places |= {f"{name}.{letter}": factor for letter, factor in zip("UsV", factors, strict=True)}
     index = source.index
     with SctWriter(path, overwrite=overwrite, metadata={**index.metadata, **metadata}, extra=index.extra) as out:
         for entry in index.tensors.values():

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import sctconv
 from sctconv import SctFile
+from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
 from sctconv.formats.errors import SctError
 from sctconv.runtime.retraction import drift, retract, tangent
 from sctconv.runtime.spectral import SpectralLinear
 from sctconv.runtime.train import (
+    Files,
     TrainData,
     TrainError,
     TrainOptions,
     TrainState,
     load_data,
     restore,
+    run,
     save_checkpoint,
     save_model,
     start,
@@ -296,3 +301,36 @@ def test_best_is_told_when_it_is_reached(factored: Path) -> None:
     state = train(model, data, _options(steps=12), on_best=best)
     assert told[0][0] == 0 and told[-1] == (state.best_step, state.best)
     assert [loss for _, loss in told] == sorted((loss for _, loss in told), reverse=True)
+
+
+def test_the_command_line(factored: Path, tmp_path: Path) -> None:
+    text, out = str(factored.parent / "text.txt"), tmp_path / "new.sct"
+    args = ["train", str(factored), "--data", text, "-o", str(out), "--context", "32", "--eval-every", "4"]
+    args += ["--angle", "0.02", "--singular-rate", "0.01"]
+    result = CliRunner().invoke(main, [*args, "--steps", "8", "--save-every", "4", "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["perplexity"] < summary["perplexity_before"] and summary["steps"] == 8
+    lines = [json.loads(line) for line in (tmp_path / "new.metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[3]["held_out"] is not None
+    verify(out)
+    assert sctconv.load(tmp_path / "new.checkpoint.sct").model is not None, "a checkpoint is a model"
+    again = CliRunner().invoke(main, [*args, "--steps", "8"])
+    assert again.exit_code == 1 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1
+    other = CliRunner().invoke(main, [*args, "--steps", "9", "--resume", str(tmp_path / "new.checkpoint.sct")])
+    assert other.exit_code == 1 and "was made with steps 8, not 9" in other.stderr
+
+
+@pytest.mark.parametrize("angle", [0.01, 1.5])
+def test_the_file_is_the_best_of_what_was_looked_at(angle: float, factored: Path, tmp_path: Path) -> None:
+    """Also where the rates are absurd and the run jumps about."""
+    files = Files(factored, tmp_path / "new.sct")
+    options = _options(steps=6, angle=angle, singular_rate=angle, rate=angle / 10, eval_every=1, clip=0.0)
+    summary = run(files, [str(factored.parent / "text.txt")], options)
+    lines = [json.loads(line)["held_out"] for line in files.metrics.read_text().splitlines()]
+    assert math.log(summary["perplexity"]) == pytest.approx(min([*lines, math.log(summary["perplexity_before"])]))
+    data = _data(factored)
+    with torch.no_grad():
+        logits = sctconv.load(files.output).model(input_ids=data.held_out).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.held_out[:, 1:].flatten())
+    assert math.exp(float(loss)) == pytest.approx(summary["perplexity"], rel=1e-4)

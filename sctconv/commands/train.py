@@ -1,0 +1,103 @@
+"""`sctconv train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import DTYPE, print_json, progress_bar
+
+
+@click.command(short_help="Go on training a model's factors.")
+@click.argument("model")
+@click.option(
+    "--data", multiple=True, required=True, metavar="TEXT", help="Text: .txt, .jsonl or hub:DATASET; repeatable."
+)
+@click.option("-o", "--output", metavar="NEW.sct", help="File to write.  [default: MODEL-trained.sct]")
+@click.option("--steps", default=300, show_default=True, help="Steps of the optimiser.")
+@click.option("--batch", default=4, show_default=True, help="Windows of a step.")
+@click.option("--micro-batch", default=2, show_default=True, help="Windows that go through the model at once.")
+@click.option("--context", default=512, show_default=True, help="Tokens in a window.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["spectral", "adamw"]),
+    default="spectral",
+    show_default=True,
+    help="spectral: each kind of parameter in its own unit; adamw: the paper's, one --rate and QR after each step.",
+)
+@click.option("--rate", default=1e-4, show_default=True, help="Of dense matrices; with adamw of everything.")
+@click.option("--angle", default=3e-3, show_default=True, help="Radians that a column of U or V turns in a step.")
+@click.option("--singular-rate", default=1e-3, show_default=True, help="Relative change of s in a step.")
+@click.option("--norm-rate", default=1e-4, show_default=True, help="Of norms and biases.")
+@click.option("--embedding-rate", default=0.0, show_default=True, help="Of embeddings and head; 0 freezes them.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of s.")
+@click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient; 0 for none.")
+@click.option("--schedule", type=click.Choice(["cosine", "wsd", "constant"]), default="cosine", show_default=True)
+@click.option("--warm-up", default=0.05, show_default=True, help="Share of the steps in which rates rise.")
+@click.option(
+    "--retraction", type=click.Choice(["qr", "householder", "polar", "none"]), default="qr", show_default=True,
+    help="How U and V come back to orthonormal columns; none: only at the end.",
+)  # fmt: skip
+@click.option(
+    "--train", type=click.Choice(["all", "factors", "norms"]), default="all", show_default=True, help="What moves."
+)
+@click.option("--bf16", is_flag=True, help="Products in bfloat16; weights and moments stay float32.")
+@click.option("--checkpointing", is_flag=True, help="Compute activations again in the backward pass, to save memory.")
+@click.option("--teacher", metavar="SRC", help="Dense or factored model to learn the distribution of.")
+@click.option("--teacher-weight", default=0.5, show_default=True, help="Share of the loss that is the KL to it.")
+@click.option("--teacher-dtype", type=DTYPE, help="The teacher's.  [default: as stored]")
+@click.option("--temperature", default=1.0, show_default=True, help="Of that KL.")
+@click.option("--held-out", default=0.05, show_default=True, help="Share of the windows kept aside to measure on.")
+@click.option("--eval-every", default=50, show_default=True, help="Steps between looks at them.")
+@click.option(
+    "--save-every", default=0, show_default=True, help="Steps between checkpoints, NEW.checkpoint.sct; 0 for none."
+)
+@click.option("--resume", metavar="CHECKPOINT.sct", help="Go on exactly where a checkpoint is.")
+@click.option("--seed", default=0, show_default=True, help="Of the order of the windows.")
+@click.option("--device", default="cpu", show_default=True, help="Where, e.g. cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace NEW.sct if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def train(
+    model: str,
+    data: tuple[str, ...],
+    output: str | None,
+    teacher: str | None,
+    teacher_dtype: str | None,
+    save_every: int,
+    resume: str | None,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train U, s and V of MODEL.sct on text, and what is dense beside them; the dense matrix of a factored layer never exists.
+
+    What is written is the iterate that did best on held-out windows, the model as it was counted among them. Beside NEW.sct
+    stands NEW.metrics.jsonl, a line a step.
+    """
+    from sctconv.runtime.train import Files, TrainOptions, run
+    from sctconv.sources.model import load_any, usable_device
+
+    target = Path(output) if output else Path(Path(model).stem + "-trained.sct")
+    options = TrainOptions(**settings)
+    files = Files(Path(model), target, Path(resume) if resume else None, save_every, overwrite)
+    place = usable_device(device)
+    taught_by = load_any(teacher, dtype=teacher_dtype, device=device).model if teacher else None
+    with progress_bar("training", quiet=as_json) as bar:
+
+        def show(done: Any) -> None:
+            looked = f", held-out {done.held_out:.3f}" if done.held_out is not None else ""
+            speed = f"{done.tokens_per_second:.0f} tokens/s"
+            bar(done.step, options.steps, f"loss {done.loss:.3f}, {speed}{looked}")
+
+        summary = run(files, data, options, teacher=taught_by, device=place, on_step=show)
+    if as_json:
+        print_json(summary)
+        return
+    click.echo(
+        f"{target}: held-out perplexity {summary['perplexity']:.5g} after {summary['best_step']} of {options.steps} steps "
+        f"(before {summary['perplexity_before']:.5g}); {summary['tokens']} tokens, {summary['seconds']:.0f} s"
+    )
+    click.echo(f"metrics: {summary['metrics']}")
