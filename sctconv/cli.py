@@ -17,6 +17,7 @@ from . import __version__
 from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.generate import generate
+from .commands.init import init
 from .commands.inspect import inspect
 from .commands.report import report
 from .commands.train import train
@@ -63,5 +64,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (convert, inspect, report, verify, evaluate, generate, train):
+for command in (convert, inspect, report, verify, evaluate, generate, init, train):
     main.add_command(command)

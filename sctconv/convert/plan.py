@@ -137,7 +137,7 @@ def make_plan(model: DenseModel, options: ConvertOptions, *, must_shrink: bool =
     if options.target_size is not None:
         return _largest_within(model, options, options.target_size)
     layers = {}
-    for layer in _select(model.skeleton, options.modules):
+    for layer in select_layers(model.skeleton, options.modules):
         weight = f"{layer.name}.weight"
         if reason := _must_stay(model, weight):
             layer = replace(layer, reason=reason)
@@ -171,7 +171,12 @@ def _largest_within(model: DenseModel, options: ConvertOptions, size: int) -> Pl
     return plan(low)
 
 
-def _select(skeleton: Any, modules: str) -> Iterator[LayerPlan]:
+def select_layers(skeleton: Any, modules: str) -> Iterator[LayerPlan]:
+    """The linear layers that `modules` names, as `ConvertOptions` says, none with a rank yet.
+
+    Raises:
+        OptionError: there are none.
+    """
     shapes = linear_layers(skeleton)
     if modules in GROUPS:
         wanted = ("mlp", "attention") if modules == "all" else (modules,)
