@@ -13,7 +13,7 @@ import click
 @click.option("--overwrite", is_flag=True, help="Replace the page if it exists.")
 def report(file: str, output: str | None, overwrite: bool) -> None:
     """Write sizes, ranks, quality by depth and spectra of FILE as one HTML page that needs nothing else."""
-    from sctconv.convert.report import write_report
+    from sctconv.report.conversion import write_report
 
     target = output or str(Path(file).with_name(f"{Path(file).name.removesuffix('.sct')}.report.html"))
     write_report(file, target, overwrite=overwrite)

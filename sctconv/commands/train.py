@@ -75,8 +75,9 @@ def train(
     """Train U, s and V of MODEL.sct on text, and what is dense beside them; the dense matrix of a factored layer never exists.
 
     What is written is the iterate that did best on held-out windows, the model as it was counted among them. Beside NEW.sct
-    stands NEW.metrics.jsonl, a line a step.
+    stand NEW.metrics.jsonl, a line a step, and NEW.train.html with curves.
     """
+    from sctconv.report.training import write_training_report
     from sctconv.runtime.train import Files, TrainOptions, run
     from sctconv.sources.model import load_any, usable_device
 
@@ -93,6 +94,8 @@ def train(
             bar(done.step, options.steps, f"loss {done.loss:.3f}, {speed}{looked}")
 
         summary = run(files, data, options, teacher=taught_by, device=place, on_step=show)
+    summary["report"] = str(target.with_suffix(".train.html"))
+    write_training_report(model, target, summary["metrics"], summary["report"], summary)
     if as_json:
         print_json(summary)
         return
@@ -100,4 +103,4 @@ def train(
         f"{target}: held-out perplexity {summary['perplexity']:.5g} after {summary['best_step']} of {options.steps} steps "
         f"(before {summary['perplexity_before']:.5g}); {summary['tokens']} tokens, {summary['seconds']:.0f} s"
     )
-    click.echo(f"metrics: {summary['metrics']}")
+    click.echo(f"metrics: {summary['metrics']}   pictures: {summary['report']}")

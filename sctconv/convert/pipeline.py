@@ -22,6 +22,7 @@ from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
 from sctconv.formats.errors import OutputError
 from sctconv.formats.index import LayerRecord
 from sctconv.formats.writer import SctWriter
+from sctconv.report.conversion import write_report
 from sctconv.runtime.linalg import (
     NonFiniteError,
     check_finite,
@@ -40,7 +41,6 @@ from .calibrated import Calibrated
 from .fit import Fit
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
-from .report import write_report
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done, the whole work (in one arbitrary unit) and the name of what is being worked on."""

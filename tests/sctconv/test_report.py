@@ -16,11 +16,11 @@ from click.testing import CliRunner, Result
 from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
-from sctconv.convert.report import html_report, write_report
-from sctconv.convert.svg import Axis
 from sctconv.formats.errors import ChecksumError, FormatError, OutputError
 from sctconv.formats.index import LayerRecord
 from sctconv.formats.writer import SctWriter
+from sctconv.report.conversion import html_report, write_report
+from sctconv.report.svg import Axis
 from tests.models import save, tiny_model, tiny_tokenizer
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"

@@ -314,6 +314,8 @@ def test_the_command_line(factored: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "new.metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9)) and lines[3]["held_out"] is not None
     verify(out)
+    page = (tmp_path / "new.train.html").read_text()
+    assert all(word in page for word in ("held-out", "Drift", "Spectra", "gate_proj")) and "<script" not in page
     assert sctconv.load(tmp_path / "new.checkpoint.sct").model is not None, "a checkpoint is a model"
     again = CliRunner().invoke(main, [*args, "--steps", "8"])
     assert again.exit_code == 1 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1

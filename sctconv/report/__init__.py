@@ -1,0 +1,1 @@
+"""Pages of pictures: what a file holds, how a run went."""
