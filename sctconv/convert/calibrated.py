@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from sctconv.errors import OptionError
 from sctconv.runtime.skeleton import linear_layers, load_tokenizer
 from sctconv.sources.weights import DenseModel
 
@@ -81,6 +82,11 @@ class Calibrated:
         decoder = self._decoder(plan)
         tokens = texts.fit.numel() + texts.held_out.numel()
         self.memory = plan_memory(decoder, tokens, texts.context, limit=options.max_memory, directory=directory)
+        widest = max(n for _, n in decoder.shapes)
+        if options.energy and widest > self.memory.gram_side:
+            raise OptionError(
+                f"--energy: needs Gram matrices of {widest} x {widest}; allow more --max-memory, or give --rank"
+            )
         self._tunes_model = options.refine > 0 and model_bytes(model, texts) < self.memory.limit
         few = texts.fit[: max(1, _METRIC_TOKENS // texts.context)]
         batch = min(self.memory.batch, len(few))

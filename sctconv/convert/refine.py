@@ -74,21 +74,21 @@ def tune_block_(
         The held-out loss at every look; the first is the closed form's, 1 or less.
     """
     device = next(block.module.parameters()).device
-    fitting = [number for number in range(len(inputs)) if is_fit[number].all()]
-    looking = [number for number in range(len(inputs)) if not is_fit[number].any()] or fitting[:1]
+    fitting = [number for number, rows in enumerate(is_fit) if rows.any()]
+    looking = [number for number, rows in enumerate(is_fit) if not rows.all()]
     order = [fitting[i] for i in torch.randperm(len(fitting), generator=torch.Generator().manual_seed(seed))]
     used = sorted({order[step % len(order)] for step in range(steps)} | set(looking))
     start = {number: _square_errors(block, inputs[number], targets[number], device) for number in used}
     median = torch.cat([errors.flatten() for errors in start.values()]).median()
     parameters = list(_trainable(block.module, names))
 
-    def loss(number: int) -> Tensor:
+    def loss(number: int, rows: Tensor) -> Tensor:
         errors = _square_errors(block, inputs[number], targets[number], device)
-        return (errors / (start[number] + median)).mean()
+        return (errors / (start[number] + median))[rows].mean()
 
     def look() -> float:
         with torch.no_grad():
-            return sum(float(loss(number)) for number in looking) / len(looking)
+            return sum(float(loss(number, ~is_fit[number])) for number in looking) / len(looking)
 
     seen = [look()]
     best = [parameter.detach().clone() for parameter in parameters]
@@ -96,7 +96,8 @@ def tune_block_(
     with torch.enable_grad():
         for step in range(steps):
             optimizer.zero_grad()
-            loss(order[step % len(order)]).backward()
+            number = order[step % len(order)]
+            loss(number, is_fit[number]).backward()
             optimizer.step()
             if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
                 seen.append(look())

@@ -195,7 +195,8 @@ class Sweep:
             rank, energy, metric = self._ranks.get(path), self._energies.get(path), self._metrics.get(path)
             own = sums[name if name in writers else ""]
             if dual:
-                yield name, own.fit_tokens(layer, rank, metric, through=name in plain)
+                if rank is not None:  # one that stays dense would need the Gram matrix; it stays as it is
+                    yield name, own.fit_tokens(layer, rank, metric, through=name in plain)
                 continue
             moments = own.moments(layer, seen.yy[name] if name in plain else None)
             if root is None or layer.bias is not None or name in writers:
@@ -285,14 +286,14 @@ class _Sums:
         self.yy += float(y.double().square().sum())
         self.count += len(x)
 
-    def fit_tokens(self, layer: _Layer, rank: int | None, metric: Tensor | None, *, through: bool) -> Fit:
+    def fit_tokens(self, layer: _Layer, rank: int, metric: Tensor | None, *, through: bool) -> Fit:
         """The closed form from the tokens themselves, of W y where y is another input of the layer. Its bias stays."""
         x, y = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
         if through:
             y = y @ layer.W.T
         elif layer.bias is not None:
             y -= layer.bias.float()
-        fit = closed_form_dual(x, y, rank or min(layer.W.shape), prior=layer.W, metric=metric)
+        fit = closed_form_dual(x, y, rank, prior=layer.W, metric=metric)
         return replace(fit, bias=layer.bias)
 
     def moments(self, layer: _Layer, through: float | None) -> Moments:
