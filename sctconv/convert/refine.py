@@ -7,8 +7,12 @@ relative to what the closed form left of it, `mean_t |e_t|^2 / (|e0_t|^2 + media
 none can be traded for others. The iterate that does best on held-out windows is kept, the closed form itself being the
 first, so a block is never made worse.
 
+After closed forms that weigh outputs by the loss's gradient and fit the dense layers too there is little left for it:
+SmolLM2-135M, MLP at rank 128, 32k tokens, 20 steps a block: that error falls by 0.0 to 1.2 % of itself.
+
 The whole model, where it fits in memory, is tuned on the calibration text's next tokens with a gentle rate (5e-4 destroys
-in a few steps what calibration saved, 1e-4 does not). Steps are plain AdamW; U and V are brought back to orthonormal columns
+in a few steps what calibration saved, 1e-4 does not). That is where the gain is: held-out perplexity 57.7 -> 38.2 in 30 steps
+of 2048 tokens. More steps than the text has tokens for overfit: on 32k tokens the best of 60 steps was the 30th. Steps are plain AdamW; U and V are brought back to orthonormal columns
 at the end, exactly, by the SCT form of what they have become.
 """
 

@@ -144,7 +144,8 @@ def _overview(file: SctFile) -> Markup:
         charts.append(svg.bars("Parameters", [("here", [here, other]), ("dense", [before, other])], svg.count))
     held_out = _object(_object(file.index.metadata, "conversion"), "held_out")
     perplexity, teacher, kl = (_number(held_out.get(key)) for key in ("perplexity", "teacher_perplexity", "kl"))
-    perplexity = _number(held_out.get("tuned_perplexity")) or perplexity
+    tuned = _number(held_out.get("tuned_perplexity"))
+    perplexity = perplexity if tuned is None else tuned
     tiles = [
         ("parameters", svg.count(now), f"{now / dense:.1%} of {svg.count(dense)}" if dense else ""),
         ("file", svg.size(file.nbytes), f".sct {file.head.major}.{file.head.minor}"),
@@ -154,7 +155,13 @@ def _overview(file: SctFile) -> Markup:
         beside = "" if teacher is None else f"dense model {teacher:.4g}"
         tiles.append(("held-out perplexity", f"{perplexity:.4g}", beside))
     if kl is not None:
-        tiles.append(("KL from the dense model", f"{kl:.3g}", "nats a token, held-out"))
+        tiles.append(
+            (
+                "KL from the dense model",
+                f"{kl:.3g}",
+                "nats a token, held-out" if tuned is None else "nats a token, before tuning",
+            )
+        )
     return section("Size", "", svg.tiles(tiles), grid(charts))
 
 

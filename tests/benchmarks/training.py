@@ -69,7 +69,7 @@ def main() -> None:
 def _row(row: str, start: Path, steps: int, changes: dict[str, float]) -> None:
     _, settings, taught = ROWS[row]
     settings = settings if settings else changes
-    options = TrainOptions(steps=steps, context=512, eval_every=0, bf16=_has_bf16(), **settings)  # type: ignore[arg-type]
+    options = TrainOptions(steps=steps, context=512, eval_every=0, bf16=_has_bf16(), **settings)
     model, tokenizer = sctconv.load(start, dtype=torch.float32)
     teacher = load_dense(open_source(str(real_gguf()))).model if taught else None
     data = load_data([str(_VALID)], tokenizer, context=512, held_out=0.02)
