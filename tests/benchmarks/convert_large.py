@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.convert_large [--keep DIRECTORY] [--calibrated]
 
-Plainly, all layers; or, with --calibrated, the MLP layers on 2048 tokens of WikiText-2 valid under --max-memory 8GiB.
+Plainly, all layers; or, with --calibrated, the MLP layers on 1024 tokens of WikiText-2 valid under --max-memory 8GiB.
 
 The checkpoint (Llama's architecture, 64 heads, 8 of keys and values, a vocabulary of 128,256, untied head: 7.6 GB) is
 written shard by shard into a temporary directory. The conversion runs in a process of its own, through the command
@@ -86,7 +86,7 @@ def main() -> None:
         command = [sys.executable, "-m", "sctconv", "convert", str(source), "-o", str(output), "--rank", "128"]
         if arguments.calibrated:
             text = str(WIKITEXT.with_name("valid.txt"))
-            command += ["--calibration", text, "--calibration-tokens", "2048", "--max-memory", "8GiB"]
+            command += ["--calibration", text, "--calibration-tokens", "1024", "--max-memory", "8GiB"]
         else:
             command += ["--data-free", "--modules", "all"]
         result = subprocess.run(
