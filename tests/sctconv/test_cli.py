@@ -82,7 +82,7 @@ def test_convert_json(source: Path, tmp_path: Path) -> None:
 def test_the_default_output_is_named_after_source_and_rank(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("convert", source, "--ratio", 0.3, "--data-free").exit_code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-x0.3.sct"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-x0.3.report.html", "tiny-x0.3.sct"]
 
 
 @pytest.mark.parametrize("rank", [["--rank", "6"], ["--energy", "0.5"]])
