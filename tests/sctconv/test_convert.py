@@ -235,7 +235,7 @@ def test_too_little_space_is_said_before_any_work(source: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of --rank, --energy and --ratio; found none"),
+        ({}, "exactly one of --rank, --energy, --ratio and --target-size; found none"),
         ({"rank": 4, "energy": 0.5}, "found --rank and --energy"),
         ({"rank": 0}, "--rank 0"),
         ({"energy": 1.0}, "--energy 1"),
