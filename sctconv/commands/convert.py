@@ -54,6 +54,11 @@ _DEFAULT_CALIBRATION: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
 @click.option(
     "--max-memory", type=Size(), metavar="SIZE", help="Keep within, e.g. 8GiB.  [default: 3/4 of the machine's]"
 )
+@click.option(
+    "--bf16/--no-bf16",
+    default=None,
+    help="Multiply in bfloat16 on the text that is fitted on.  [default: where the processor does so faster]",
+)
 @click.option("--dtype", type=DTYPE, help="Store every floating tensor so.  [default: as in the source]")
 @click.option("--device", default="cpu", show_default=True, help="Where the work is done, e.g. cuda.")
 @click.option("--low-disk", is_flag=True, help="From the Hub: keep one shard on the disk at a time.")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sctconv.runtime.precision import products
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -43,9 +45,10 @@ class Block:
     groups: list[list[str]] = field(default_factory=list)
     writers: dict[str, Writer] = field(default_factory=dict)
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The hidden state (batch, context, width) after the block."""
-        return hidden_of(self.module(hidden, *self.args, **self.kwargs))
+    def run(self, hidden: Tensor, *, bf16: bool = False) -> Tensor:
+        """The hidden state (batch, context, width) float32 after the block."""
+        with products(hidden.device, bf16):
+            return hidden_of(self.module(hidden, *self.args, **self.kwargs)).float()
 
     def weight(self, name: str) -> Tensor:
         """W (out, in) of one of its dense layers, however that stores it."""
@@ -81,7 +84,7 @@ def hooked(
 
 @dataclass
 class Taps:
-    """What passed: the first argument of some submodules and the output of others, of the last forward pass."""
+    """What passed in the last forward pass, in float32: the first argument of some submodules and the output of others."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -100,14 +103,14 @@ def tapped(
 
     def before(name: str) -> Callable[..., None]:
         def tap(args: tuple[Any, ...]) -> None:
-            taps.inputs[name] = args[0]
+            taps.inputs[name] = args[0].float()
             if name == until:
                 raise Passed
 
         return tap
 
     def after(name: str) -> Callable[..., None]:
-        return lambda output: taps.outputs.__setitem__(name, output)
+        return lambda output: taps.outputs.__setitem__(name, output.float())
 
     names = dict.fromkeys([*inputs, *outputs])
     hooks = {

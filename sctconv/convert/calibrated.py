@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sctconv.errors import OptionError
+from sctconv.runtime.precision import has_fast_bf16
 from sctconv.runtime.skeleton import linear_layers, load_tokenizer
 from sctconv.sources.weights import DenseModel
 
@@ -78,6 +79,8 @@ class Calibrated:
     ) -> None:
         self._model, self._options, self._shapes = model, options, linear_layers(model.skeleton)
         self._texts = texts = read_texts(model, options)
+        device = torch.device(options.device)
+        self._bf16 = has_fast_bf16(device) if options.bf16 is None else options.bf16
         self._progress = progress
         decoder = self._decoder(plan)
         tokens = texts.fit.numel() + texts.held_out.numel()
@@ -129,7 +132,8 @@ class Calibrated:
         """The decoder that holds a plan's layers."""
         names = [layer.name for layer in _planned(plan)]
         others = [name for name in self._shapes if name not in names and is_fittable(self._model, name)]
-        return Decoder(self._model, names, others if self._options.refit else (), device=self._options.device)
+        others = others if self._options.refit else []
+        return Decoder(self._model, names, others, device=self._options.device, bf16=self._bf16)
 
     def _stage(self, stage: str) -> Callable[[float, str], None]:
         """Turns the progress of a stage into that of the whole."""
@@ -177,6 +181,7 @@ class Calibrated:
             self._texts,
             self._options.refine,
             device=self._options.device,
+            bf16=self._bf16,
             progress=self._stage("tuning"),
         )
         self._tuning, self._tuned_loss = tuned.losses, tuned.loss
@@ -209,6 +214,7 @@ class Calibrated:
         facts: dict[str, Any] = {
             "calibration": [{"source": source, "tokens": tokens} for source, tokens in self._texts.sources],
             "calibration_context": self._texts.context,
+            "bf16": self._bf16,
             "refitted_dense_layers": len(self.dense),
             "held_out": {
                 "tokens": self._texts.held_out.numel(),

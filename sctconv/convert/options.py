@@ -39,6 +39,8 @@ class ConvertOptions:
         refine: steps of gradient descent on each block after its closed form, 20 at most, and then, where the model fits
             in memory, on the whole model; 0 for none.
         refit: whether linear layers of the blocks that stay dense are fitted as well.
+        bf16: whether blocks multiply in bfloat16 on the text that is fitted on; None for where the processor does so
+            faster. Sums and what decides stay float32 and float64, and what is measured is measured in float32.
         max_memory: bytes that a calibrated conversion may hold; None for three quarters of the machine's.
 
     Raises:
@@ -59,6 +61,7 @@ class ConvertOptions:
     calibration_context: int = 512
     refine: int = 0
     refit: bool = True
+    bf16: bool | None = None
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class ConvertOptions:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result, for the provenance: not where it ran, and not what calibration records itself."""
-        left_out = {"device", "max_memory", *([] if self.calibration else ["allocate", "refine", "refit"])}
+        left_out = {"device", "max_memory", "bf16", *([] if self.calibration else ["allocate", "refine", "refit"])}
         return {
             key: value
             for key, value in asdict(self).items()

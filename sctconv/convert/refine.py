@@ -18,12 +18,11 @@ at the end, exactly, by the SCT form of what they have become.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 
 from sctconv.formats.checkpoint import read_tensor
 from sctconv.runtime.model import assign_
+from sctconv.runtime.precision import products
 from sctconv.runtime.tensors import to_torch
 from sctconv.sources.weights import DenseModel
 
@@ -148,6 +148,7 @@ def tune_model(
     steps: int,
     *,
     device: torch.device | str = "cpu",
+    bf16: bool = False,
     seed: int = 0,
     progress: Callable[[float, str], None] | None = None,
 ) -> Tuned:
@@ -160,6 +161,7 @@ def tune_model(
         texts: windows to train on, and to choose the best iterate by.
         steps: of AdamW, on `STEP_WINDOWS` windows each.
         device: where.
+        bf16: whether products of training steps and looks are bfloat16.
         seed: of the order of windows.
         progress: called with the share done and a word on it.
     """
@@ -180,7 +182,7 @@ def tune_model(
 
     def loss(windows: Tensor, fast: bool = True) -> Tensor:
         windows = windows.to(device)
-        with _fast_products(windows.device) if fast else contextlib.nullcontext():
+        with products(windows.device, fast and bf16):
             logits = student(input_ids=windows, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
@@ -230,9 +232,3 @@ def _trainable(module: nn.Module, names: Sequence[str]) -> Iterator[nn.Parameter
 def _square_errors(block: Block, inputs: Tensor, targets: Tensor, device: torch.device) -> Tensor:
     """|e_t|^2, (batch, context)."""
     return (block.run(inputs.to(device)) - targets.to(device)).square().sum(-1)
-
-
-def _fast_products(device: torch.device) -> Any:
-    """bfloat16 matrix products with float32 weights, where the processor multiplies them faster than float32."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)

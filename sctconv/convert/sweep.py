@@ -126,8 +126,8 @@ class Sweep:
                 fits = dict(fits_of(block.module, fits))
                 tensors = {name: p for name, p in block.module.named_parameters() if p.ndim == 1}
                 tensors = {name: p for name, p in tensors.items() if name.rpartition(".")[0] not in fits}
-            for number, state in enumerate(student):
-                student[number] = self._step(block, state)
+            for number in range(count):
+                student[number] = self._step(block, student, number)
             self.result.distances.append(self._distance(teacher, student))
             swept = SweptBlock(
                 block.name,
@@ -145,9 +145,13 @@ class Sweep:
         if self._progress:
             self._progress(min(1.0, self._done / len(self._decoder)), what)
 
-    def _step(self, block: Block, state: Tensor) -> Tensor:
+    def _step(self, block: Block, states: States, number: int) -> Tensor:
         self._report(block.name)
-        return block.run(state.to(self._decoder.device))
+        return block.run(states[number].to(self._decoder.device), bf16=self._is_fast(number))
+
+    def _is_fast(self, number: int) -> bool:
+        """What the held-out windows say is what the file gives: they never go through bfloat16."""
+        return self._decoder.bf16 and bool(self._is_fit[number].all())
 
     def _teach(self, block: Block, states: States) -> _Teacher:
         """Runs the dense block on the teacher's states, in place, and keeps what the student's layers aim at."""
@@ -156,8 +160,8 @@ class Sweep:
         firsts = {group[0] for group in block.groups if plain.intersection(group)}
         places = {writer.place for writer in block.writers.values()} - {""}
         with tapped(block.module, firsts | places, plain) as taps:
-            for number, state in enumerate(states):
-                states[number] = self._step(block, state)
+            for number in range(len(states)):
+                states[number] = self._step(block, states, number)
                 for name, x in taps.inputs.items():
                     if name not in seen.inputs:
                         seen.inputs[name] = States(len(states), tuple(x.shape), self._memory.spill)
@@ -179,7 +183,8 @@ class Sweep:
         for number, state in enumerate(states):
             self._report(block.name)
             rows = self._is_fit[number]
-            x, outputs, streams = _run_student(block, group, writers, state.to(self._decoder.device))
+            state = state.to(self._decoder.device)
+            x, outputs, streams = _run_student(block, group, writers, state, self._is_fast(number))
             x = _flat(x[rows])
             if plain:
                 sums[""].add(x, _flat(seen.inputs[group[0]][number][rows]).to(x))
@@ -315,14 +320,14 @@ def _plus(sum_: Any, part: Tensor) -> Tensor:
 
 
 def _run_student(
-    block: Block, group: list[str], writers: dict[str, Writer], state: Tensor
+    block: Block, group: list[str], writers: dict[str, Writer], state: Tensor, bf16: bool
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The group's input, the outputs of its writers, and the residual streams that they write to, by place."""
     places = {writer.place for writer in writers.values()}
     until = next(iter(places or {group[0]})) if len(places) < 2 else ""
     output = state
     with tapped(block.module, {group[0]} | places - {""}, writers, until=until) as taps, contextlib.suppress(Passed):
-        output = block.run(state)
+        output = block.run(state, bf16=bf16)
     return taps.inputs[group[0]], taps.outputs, {**taps.inputs, "": output}
 
 

@@ -53,6 +53,7 @@ def _options(source: Path, **changes: Any) -> ConvertOptions:
         "modules": "all",
         "calibration_tokens": 4096,
         "calibration_context": 64,
+        "bf16": False,
         **changes,
     }
     return ConvertOptions(calibration=(str(source.parent / "text.txt"),), **settings)
@@ -66,6 +67,20 @@ def test_at_full_rank_the_student_is_the_teacher(family: str, tmp_path: Path) ->
     assert max(report.quality["held_out"]["distances"]) < 1e-3 and report.quality["held_out"]["kl"] < 1e-4
     expected = logits(tiny_model(family, vocab_size=260))
     assert (logits(sctconv.load(tmp_path / "o.sct").model) - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_in_bfloat16_the_student_is_the_teacher_but_for_its_rounding(family: str, tmp_path: Path) -> None:
+    source = _source(family, tmp_path)
+    made = []
+    for name, bf16 in (("exact", False), ("fast", True)):
+        options = _options(source, rank=32, bf16=bf16)
+        report = convert(str(source), tmp_path / f"{name}.sct", options, must_shrink=False)
+        assert report.quality is not None and report.quality["bf16"] is bf16
+        made.append(report.quality["held_out"])
+    exact, fast = made
+    assert exact["teacher_perplexity"] == fast["teacher_perplexity"], "what is measured is measured in float32"
+    assert max(exact["distances"]) < max(fast["distances"]) < 2e-2 and fast["kl"] < 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
