@@ -1,4 +1,4 @@
-"""A .sct file as a transformers model whose factored layers are `SpectralLinear`."""
+"""A .sct file as a transformers model whose factored layers are `SpectralLinear` and `SpectralEmbedding`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sctconv.formats.index import Blob
 from sctconv.formats.reader import SctFile
 
 from .skeleton import ModelError, build_skeleton, directory_of, factor_, load_config, load_tokenizer
-from .spectral import SpectralLinear
+from .spectral import SpectralLayer
 from .tensors import mapped_tensor
 
 
@@ -101,7 +101,7 @@ def assign_(
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)
         if tensor.is_floating_point():
-            is_singular = isinstance(module, SpectralLinear) and child == "s"
+            is_singular = isinstance(module, SpectralLayer) and child == "s"
             tensor = tensor.to(device=device, dtype=torch.float32 if is_singular else dtype or tensor.dtype)
             main = main or tensor.dtype
         if tensor.data_ptr() in seen and name not in tied:

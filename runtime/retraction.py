@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .linalg import orthonormality
-from .spectral import SpectralLinear
+from .spectral import SpectralLayer
 from .tensors import by_shape
 
 Method = Literal["qr", "householder", "polar"]
@@ -186,7 +186,7 @@ def absorbed(U: Tensor, s: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, R
 
 
 @torch.no_grad()
-def absorb_(layer: SpectralLinear) -> Rotation:
+def absorb_(layer: SpectralLayer) -> Rotation:
     """Brings a layer back to SCT form without changing its function; see `absorbed`."""
     U, s, V, rotation = absorbed(layer.U, layer.s, layer.V)
     for factor, moved in zip((layer.U, layer.s, layer.V), (U, s, V), strict=True):
@@ -195,9 +195,9 @@ def absorb_(layer: SpectralLinear) -> Rotation:
 
 
 def factors(model: nn.Module) -> list[nn.Parameter]:
-    """U and V of every spectral layer."""
-    layers = (module for module in model.modules() if isinstance(module, SpectralLinear))
-    return [factor for layer in layers for factor in (layer.U, layer.V)]
+    """U and V of every spectral layer, those of tied layers once."""
+    layers = (module for module in model.modules() if isinstance(module, SpectralLayer))
+    return list(dict.fromkeys(factor for layer in layers for factor in (layer.U, layer.V)))
 
 
 def drift(model: nn.Module) -> float:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sctconv.formats.errors import SctError
 
-from .spectral import SpectralLinear
+from .spectral import SpectralEmbedding, SpectralLinear
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -148,20 +148,53 @@ def linear_layers(model: nn.Module) -> dict[str, LinearShape]:
     return layers
 
 
-def factor_(model: nn.Module, ranks: Mapping[str, int], dtype: torch.dtype | None = None) -> None:
+def embedding_shape(model: Any) -> tuple[str, LinearShape] | None:
+    """Path and table (vocabulary, width) of the input embedding, if it is one that can be factored.
+
+    A subclass of `nn.Embedding` may do more than look up, and one that is not the model's input means something else.
+    """
+    for name, module in model.named_modules():
+        if type(module) is nn.Embedding and module is model.get_input_embeddings():
+            return name, LinearShape(module.num_embeddings, module.embedding_dim, False, False)
+    return None
+
+
+def factor_(model: Any, ranks: Mapping[str, int], dtype: torch.dtype | None = None) -> None:
     """Replaces linear layers by `SpectralLinear` of the given ranks, on the meta device.
 
+    The input embedding becomes a `SpectralEmbedding`, and with it the head that is tied to it.
+
     Raises:
-        ModelError: the model has no such linear layer.
+        ModelError: the model has no such layer.
     """
     shapes = linear_layers(model)
+    embedding = embedding_shape(model)
     for name, rank in ranks.items():
+        if embedding is not None and name == embedding[0]:
+            table = embedding[1]
+            _put(model, name, SpectralEmbedding(table.in_, table.out, rank, device="meta", dtype=dtype))
+            _tie_factors_(model, name, rank, dtype)
+            continue
         if name not in shapes:
             raise ModelError(f"the model has no linear layer {name!r} to replace by factors")
         shape = shapes[name]
-        parent, _, child = name.rpartition(".")
-        spectral = SpectralLinear(shape.in_, shape.out, rank, shape.bias, device="meta", dtype=dtype)
-        setattr(model.get_submodule(parent), child, spectral)
+        _put(model, name, SpectralLinear(shape.in_, shape.out, rank, shape.bias, device="meta", dtype=dtype))
+
+
+def _tie_factors_(model: Any, embedding: str, rank: int, dtype: torch.dtype | None) -> None:
+    """What was tied to the embedding's weight is factored too and tied to its factors."""
+    tied = model.all_tied_weights_keys
+    for target in [target for target, source in tied.items() if source == f"{embedding}.weight"]:
+        head = target.removesuffix(".weight")
+        shape = linear_layers(model)[head]
+        _put(model, head, SpectralLinear(shape.in_, shape.out, rank, shape.bias, device="meta", dtype=dtype))
+        del tied[target]
+        tied.update({f"{head}.{letter}": f"{embedding}.{letter}" for letter in "UsV"})
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from .common import DTYPE, count, print_json
 @click.option(
     "--modules", default="all", show_default=True, metavar="mlp|attention|all|REGEX", help="Layers to factor."
 )
+@click.option("--embeddings", is_flag=True, help="Factor the input embedding and the head too.")
 @click.option("--tokenizer", metavar="SRC", help="Model whose tokenizer goes along.  [default: that of CONFIG]")
 @click.option("--dtype", type=DTYPE, default="float32", show_default=True, help="Store every tensor so.")
 @click.option("--seed", default=0, show_default=True, help="Of all random numbers.")
@@ -24,6 +25,7 @@ def init(
     rank: int,
     output: str,
     modules: str,
+    embeddings: bool,
     tokenizer: str | None,
     dtype: str,
     seed: int,
@@ -37,7 +39,16 @@ def init(
     from sctconv.convert.scratch import initial_files, initialise
 
     files = initial_files(config, tokenizer)
-    made = initialise(files, output, rank=rank, modules=modules, dtype=dtype, seed=seed, overwrite=overwrite)
+    made = initialise(
+        files,
+        output,
+        rank=rank,
+        modules=modules,
+        embeddings=embeddings,
+        dtype=dtype,
+        seed=seed,
+        overwrite=overwrite,
+    )
     if as_json:
         print_json(made)
         return

@@ -24,7 +24,7 @@ from sctconv.errors import OptionError
 from sctconv.formats.index import LayerRecord
 from sctconv.formats.writer import SctWriter
 from sctconv.runtime.retraction import householder_qr
-from sctconv.runtime.skeleton import build_skeleton, load_config
+from sctconv.runtime.skeleton import build_skeleton, embedding_shape, linear_layers, load_config
 from sctconv.runtime.tensors import TORCH_DTYPES, to_numpy
 from sctconv.sources import open_source
 from sctconv.sources.base import read_small_files
@@ -63,6 +63,7 @@ def initialise(
     *,
     rank: int,
     modules: str = "all",
+    embeddings: bool = False,
     dtype: str = "float32",
     seed: int = 0,
     overwrite: bool = False,
@@ -74,6 +75,7 @@ def initialise(
         output: the .sct file.
         rank: of every factored layer; one that it would not shrink is initialised dense.
         modules: see `ConvertOptions`.
+        embeddings: whether input embedding and head are factored too.
         dtype: `float32`, `bfloat16` or `float16`.
         seed: of all random numbers.
         overwrite: whether a file that stands at `output` may be replaced.
@@ -89,7 +91,8 @@ def initialise(
         raise OptionError(f"--rank {rank}: a rank is at least 1")
     config = load_config(files, "config.json")
     model = build_skeleton(config, "config.json")
-    layers = {layer.name: layer for layer in select_layers(model, modules) if rank <= layer.largest_useful_rank}
+    selected = [*(_ends(model) if embeddings else []), *select_layers(model, modules)]
+    layers = {layer.name: layer for layer in selected if rank <= layer.largest_useful_rank}
     if not layers:
         raise OptionError(f"--rank {rank}: would shrink none of the layers that --modules {modules} selects")
     generator = torch.Generator().manual_seed(seed)
@@ -113,6 +116,7 @@ def initialise(
                 "initialisation": {
                     "rank": rank,
                     "modules": modules,
+                    "embeddings": embeddings,
                     "seed": seed,
                     "s0": "sigma sqrt(m n / k)",
                     "sigma": sigma,
@@ -122,6 +126,16 @@ def initialise(
         )
         out.commit()
     return {"output": str(output), "layers": len(layers), "parameters": parameters}
+
+
+def _ends(model: Any) -> Iterator[LayerPlan]:
+    """Input embedding and head as far as they can be factored; a head that is tied goes with the embedding."""
+    if (found := embedding_shape(model)) is not None:
+        yield LayerPlan(found[0], found[1].out, found[1].in_, False, False)
+    head = model.get_output_embeddings()
+    for name, shape in linear_layers(model).items():
+        if model.get_submodule(name) is head and f"{name}.weight" not in model.all_tied_weights_keys:
+            yield LayerPlan(name, shape.out, shape.in_, shape.bias, False)
 
 
 def _tensors(
