@@ -17,16 +17,21 @@ class TextError(SctError):
     """A text is missing, unreadable or not text."""
 
 
+def has_records(source: str) -> bool:
+    """Whether a text comes as records: a .jsonl or .parquet file or a dataset."""
+    return source.startswith(HUB) or Path(source).suffix in (".jsonl", ".parquet")
+
+
 def read_text(source: str) -> str:
-    """All of a text as one string; the records of a .jsonl file or a dataset with an empty line between them.
+    """All of a text as one string; records (their `text` field) with an empty line between them.
 
     Args:
-        source: path of a .txt or .jsonl file (`text` field), or `hub:DATASET[:CONFIG]`.
+        source: path of a .txt, .jsonl or .parquet file, or `hub:DATASET[:CONFIG]`.
 
     Raises:
         TextError: it cannot be read or holds no text.
     """
-    if source.startswith(HUB) or Path(source).suffix == ".jsonl":
+    if has_records(source):
         parts = []
         for number, record in enumerate(records(source), 1):
             text = record.get("text")
@@ -43,13 +48,17 @@ def read_text(source: str) -> str:
 
 
 def records(source: str) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl file or of a dataset on the Hub, in order.
+    """The records of a .jsonl or .parquet file or of a dataset on the Hub, in order.
 
     Raises:
         TextError: it cannot be read, or a line is not a JSON object.
     """
     if source.startswith(HUB):
-        yield from _hub_records(source)
+        name, _, config = source.removeprefix(HUB).partition(":")
+        yield from _dataset(source, name, config or None)
+        return
+    if Path(source).suffix == ".parquet":
+        yield from _dataset(source, "parquet", None, data_files=source)
         return
     for number, line in enumerate(_content(source).splitlines(), 1):
         if not line.strip():
@@ -72,16 +81,18 @@ def _content(source: str) -> str:
         raise TextError(f"{source}: cannot be read ({error.strerror})") from None
 
 
-def _hub_records(source: str) -> Iterator[dict[str, Any]]:
-    name, _, config = source.removeprefix(HUB).partition(":")
+def _dataset(source: str, name: str, config: str | None, **more: Any) -> Iterator[dict[str, Any]]:
+    if more and not Path(source).is_file():
+        raise TextError(f"{source}: no such file")
     try:
         import datasets
     except ImportError:
         raise TextError(
-            f"{source}: taking text from the Hub needs the package `datasets` (pip install 'sctconv[datasets]')"
+            f"{source}: reading it needs the package `datasets` (pip install 'sctconv[datasets]')"
         ) from None
     try:
-        yield from datasets.load_dataset(name, config or None, split="train")
+        yield from datasets.load_dataset(name, config, split="train", **more)
     except Exception as error:  # datasets raises what the libraries under it do
         text = " ".join(str(error).split())[:160]
-        raise TextError(f"{source}: cannot be had from the Hub ({type(error).__name__}: {text})") from None
+        where = "read as parquet" if more else "had from the Hub"
+        raise TextError(f"{source}: cannot be {where} ({type(error).__name__}: {text})") from None

@@ -1,14 +1,22 @@
 """Training on the factors; the dense matrix of a factored layer never exists."""
 
+from .callback import RetractionCallback
 from .checkpoint import restore, save_checkpoint, save_model
-from .data import TrainData, load_data
+from .data import Batch, TrainData, load_data
 from .loop import Progress, TrainState, start, train
 from .options import TrainError, TrainOptions
-from .run import Files, run
+from .run import Files, TeacherSource, run
+from .teacher import CachedTeacher, ModelTeacher, Teacher, write_cache
 
 __all__ = [
+    "Batch",
+    "CachedTeacher",
     "Files",
+    "ModelTeacher",
     "Progress",
+    "RetractionCallback",
+    "Teacher",
+    "TeacherSource",
     "TrainData",
     "TrainError",
     "TrainOptions",
@@ -20,4 +28,5 @@ __all__ = [
     "save_model",
     "start",
     "train",
+    "write_cache",
 ]

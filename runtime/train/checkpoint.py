@@ -7,7 +7,6 @@ written whole or not at all, with checksums, like every .sct file.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,9 +22,8 @@ from sctconv.formats.reader import SctFile
 from sctconv.formats.writer import SctWriter
 
 from ..retraction import absorbed
-from ..spectral import SpectralLinear
+from ..spectral import SpectralLayer
 from ..tensors import mapped_tensor, to_numpy
-from .data import TrainData
 from .loop import TrainState
 from .options import TrainError, TrainOptions
 
@@ -55,39 +53,51 @@ def save_checkpoint(
     source: SctFile,
     state: TrainState,
     options: TrainOptions,
-    data: TrainData,
+    facts: Mapping[str, str | None],
     path: str | os.PathLike[str],
 ) -> None:
     """Writes all that a run needs to go on exactly where it is; replaces what stands there.
+
+    Args:
+        model: as it is; source: the file that it came from.
+        state: where the run stands.
+        options: the run's.
+        facts: what else decides it, by name: its data, its teacher.
+        path: the file to write.
 
     Raises:
         OutputError: the file cannot be written.
     """
     training = {
         "options": options.to_json(),
-        "data": fingerprint(data),
+        "facts": dict(facts),
         "step": state.step,
         "best": state.best,
         "best_step": state.best_step,
+        "looks": state.looks,
     }
     _write(model, source, path, {"training": training}, state, overwrite=True)
 
 
 def restore(
-    model: nn.Module, state: TrainState, options: TrainOptions, data: TrainData, path: str | os.PathLike[str]
+    model: nn.Module,
+    state: TrainState,
+    options: TrainOptions,
+    facts: Mapping[str, str | None],
+    path: str | os.PathLike[str],
 ) -> TrainState:
     """Puts a checkpoint's weights into a model and its moments into a fresh state.
 
     Raises:
-        FormatError: the file is damaged or none. TrainError: it is no checkpoint, or of a run with other options or data;
-            the first that differs is named.
+        FormatError: the file is damaged or none. TrainError: it is no checkpoint, or of a run with other options or facts
+            (see `save_checkpoint`); the first that differs is named.
     """
     with SctFile(path) as file:
         training = file.index.metadata.get("training")
         if not isinstance(training, dict) or not any(name.startswith(_MOMENTS) for name in file.index.tensors):
             raise TrainError(f"{path}: a model, not a checkpoint of a run; train it without --resume")
-        mine = {**options.to_json(), "data": fingerprint(data)}
-        theirs = {**training.get("options", {}), "data": training.get("data")}
+        mine = {**options.to_json(), **facts}
+        theirs = {**training.get("options", {}), **training.get("facts", {})}
         for name, value in mine.items():
             if theirs.get(name) != value:
                 raise TrainError(
@@ -108,15 +118,8 @@ def restore(
             is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
             count = {"step": torch.tensor(float(training["step"]))} if is_adamw else {"count": training["step"]}
             state.optimizer.state[parameter] = {**moments, **count}
-        return replace(state, step=training["step"], best=training["best"], best_step=training["best_step"])
-
-
-def fingerprint(data: TrainData) -> str:
-    """sha256 of the windows and of which of their tokens are learned."""
-    digest = hashlib.sha256()
-    for tensor in (data.windows, data.learned, data.held_out, data.held_out_learned):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+        kept = {name: training[name] for name in ("step", "best", "best_step", "looks")}
+        return replace(state, **kept)
 
 
 def _write(
@@ -131,7 +134,7 @@ def _write(
     places = dict(model.state_dict(keep_vars=True))
     if state is None:
         for name, module in model.named_modules():
-            if isinstance(module, SpectralLinear):
+            if isinstance(module, SpectralLayer):
                 factors = absorbed(module.U, module.s, module.V)[:3]
                 places |= {f"{name}.{letter}": factor for letter, factor in zip("UsV", factors, strict=True)}
     index = source.index

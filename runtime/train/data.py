@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..texts import HUB, TextError, read_text, records
+from ..texts import HUB, TextError, has_records, read_text, records
 from .options import TrainError
 
 Piece = tuple[list[int], list[bool]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows.
+
+    Attributes:
+        places: which of the data's they are.
+        windows: (batch, context) int64.
+        learned: (batch, context) bool: the tokens that are to be predicted. The first of a window never is.
+        positions: (batch, context) int64, places within documents that do not see each other; None where they do.
+    """
+
+    places: tuple[int, ...]
+    windows: Tensor
+    learned: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def predicted(self) -> Tensor:
+        """(batch, context - 1) bool: the tokens whose successor is learned."""
+        return self.learned[:, 1:]
+
+    @property
+    def targets(self) -> Tensor:
+        """(learned tokens,) int64."""
+        return self.windows[:, 1:][self.predicted]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return replace(self, windows=self.windows.to(device), learned=self.learned.to(device), positions=positions)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """In parts of so many windows at most."""
+        for start in range(0, len(self.places), size):
+            part = slice(start, start + size)
+            positions = None if self.positions is None else self.positions[part]
+            yield Batch(self.places[part], self.windows[part], self.learned[part], positions)
 
 
 @dataclass(frozen=True)
@@ -21,63 +61,113 @@ class TrainData:
     """Windows to train and to measure on.
 
     Attributes:
-        windows: (count, context) int64.
-        learned: (count, context) bool: the tokens that are to be predicted. The first of a window never is.
-        held_out, held_out_learned: the same, never trained on.
+        training: all windows to train on, as one batch.
+        held_out: the same, never trained on.
         sources: name and number of tokens of each text.
     """
 
-    windows: Tensor
-    learned: Tensor
-    held_out: Tensor
-    held_out_learned: Tensor
+    training: Batch
+    held_out: Batch
     sources: tuple[tuple[str, int], ...]
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, size: int, seed: int) -> Batch:
         """The windows of a step: each epoch in an order of its own, decided by seed and step alone."""
+        count = len(self.training.places)
         places = []
         for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self.windows))
+            epoch, place = divmod(position, count)
             generator = torch.Generator().manual_seed(hash((seed, epoch)) & 0x7FFFFFFF)
-            places.append(int(torch.randperm(len(self.windows), generator=generator)[place]))
-        return self.windows[places], self.learned[places]
+            places.append(int(torch.randperm(count, generator=generator)[place]))
+        return _taken(self.training, places)
+
+    def fingerprint(self) -> str:
+        """sha256 of the windows and of which of their tokens are learned."""
+        digest = hashlib.sha256()
+        for part in (self.training, self.held_out):
+            tensors = (part.windows, part.learned, part.positions)
+            for tensor in (tensor for tensor in tensors if tensor is not None):
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
-def load_data(sources: Sequence[str], tokenizer: Any, *, context: int, held_out: float) -> TrainData:
+def load_data(
+    sources: Sequence[str],
+    tokenizer: Any,
+    *,
+    context: int,
+    held_out: float,
+    document_masks: bool = False,
+    vocabulary: int | None = None,
+) -> TrainData:
     """Packs texts into windows, one after the other, and keeps some aside.
 
-    A .jsonl file or dataset (`hub:NAME[:CONFIG]`) has records with `text`; with `prompt` and `completion`, of which the
-    completion is learned; or with chat `messages`, rendered by the model's own template, of which the assistant's are.
-    Records end with the end-of-text token. The text that does not fill the last window is left out.
+    A .jsonl or .parquet file or a dataset (`hub:NAME[:CONFIG]`) has records with `text`; with `prompt` and `completion`, of
+    which the completion is learned; or with chat `messages`, rendered by the model's own template, of which the assistant's
+    are. Records end with the end-of-text token. The text that does not fill the last window is left out.
+
+    Args:
+        sources: texts; a .txt file is one document.
+        tokenizer: the model's.
+        context: tokens in a window.
+        held_out: share of the windows that is kept aside, at least one, evenly spread.
+        document_masks: whether tokens see only their own document.
+        vocabulary: how many tokens the model knows, where that is to be checked.
 
     Raises:
         TextError: a text cannot be read or a record is none of these.
-        TrainError: fewer than two windows in all.
+        TrainError: fewer than two windows in all, nothing in them to learn, or a token that the model does not know.
     """
     ids: list[int] = []
     learned: list[bool] = []
+    positions: list[int] = []
     names = []
     for source in sources:
         before = len(ids)
-        if source.startswith(HUB) or Path(source).suffix == ".jsonl":
-            for number, record in enumerate(records(source), 1):
-                piece, mask = _piece(f"{source}: record {number}", record, tokenizer)
-                ids += piece
-                learned += mask
-        else:
-            piece = tokenizer(read_text(source), verbose=False).input_ids
+        for piece, mask in _documents(source, tokenizer):
             ids += piece
-            learned += [True] * len(piece)
+            learned += mask
+            positions += range(len(piece))
         names.append((source if source.startswith(HUB) else Path(source).name, len(ids) - before))
+    if vocabulary is not None and max(ids, default=0) >= vocabulary:
+        raise TrainError(
+            f"the tokenizer makes token {max(ids)}, but the model's vocabulary is {vocabulary}; it is another model's"
+        )
     count = len(ids) // context
     if count < 2:
         raise TrainError(f"{', '.join(sources)}: {len(ids)} tokens, less than two windows of {context}; give more text")
-    windows = torch.tensor(ids[: count * context]).reshape(count, context)
-    masks = torch.tensor(learned[: count * context]).reshape(count, context)
+    kept = [torch.tensor(values[: count * context]).reshape(count, context) for values in (ids, learned, positions)]
+    whole = Batch(tuple(range(count)), kept[0], kept[1], _restarted(kept[2]) if document_masks else None)
     aside = torch.zeros(count, dtype=torch.bool)
     share = max(1, min(count - 1, round(held_out * count)))
     aside[torch.linspace(0, count - 1, share + 2)[1:-1].round().long()] = True
-    return TrainData(windows[~aside], masks[~aside], windows[aside], masks[aside], tuple(names))
+    parts = (_taken(whole, where.nonzero().flatten().tolist()) for where in (~aside, aside))
+    training, kept_aside = (replace(part, places=tuple(range(len(part.places)))) for part in parts)
+    for part, what in ((training, "train"), (kept_aside, "measure")):
+        if not bool(part.predicted.any()):
+            raise TrainError(f"{', '.join(sources)}: no token to {what} on is an answer; give more records")
+    return TrainData(training, kept_aside, tuple(names))
+
+
+def _taken(batch: Batch, places: list[int]) -> Batch:
+    positions = None if batch.positions is None else batch.positions[places]
+    return Batch(tuple(places), batch.windows[places], batch.learned[places], positions)
+
+
+def _restarted(positions: Tensor) -> Tensor:
+    """Places in a document (windows, context) -> places in what of it is in the window."""
+    begins = positions == 0
+    begins[:, 0] = True
+    here = torch.arange(positions.shape[1]).expand_as(positions)
+    return here - torch.where(begins, here, 0).cummax(1).values
+
+
+def _documents(source: str, tokenizer: Any) -> Iterator[Piece]:
+    if has_records(source):
+        for number, record in enumerate(records(source), 1):
+            yield _piece(f"{source}: record {number}", record, tokenizer)
+        return
+    ids = tokenizer(read_text(source), verbose=False).input_ids
+    yield ids, [True] * len(ids)
 
 
 def _piece(where: str, record: dict[str, Any], tokenizer: Any) -> Piece:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..retraction import drift, retract, retract_, tangent
-from ..spectral import SpectralLinear
-from .data import TrainData
-from .optimizer import SpectralAdam
+from ..head import Halves
+from ..precision import products
+from ..retraction import absorb_, drift, retract, retract_, tangent
+from ..spectral import SpectralLayer
+from .data import Batch, TrainData
+from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
+from .teacher import Teacher, divergence
 
-_ROWS: Final = 1024
-"""Predicted tokens whose logits are held in float32 at once."""
+_LOGITS_BYTES: Final = 64 << 20
+"""Logits that are held in float32 at once."""
 
 
 @dataclass
@@ -55,12 +57,14 @@ class TrainState:
         step: steps done.
         optimizer: with its moments.
         best: least held-out loss so far; best_step: after how many steps.
+        looks: looks at the held-out windows since then.
     """
 
     step: int
     optimizer: Optimizer
     best: float = math.inf
     best_step: int = 0
+    looks: int = 0
     history: list[Progress] = field(default_factory=list)
 
 
@@ -69,7 +73,7 @@ def train(
     data: TrainData,
     options: TrainOptions,
     *,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     state: TrainState | None = None,
     on_step: Callable[[Progress], None] | None = None,
     on_best: Callable[[TrainState], None] | None = None,
@@ -77,10 +81,10 @@ def train(
     """Trains a model in place, float32 weights.
 
     Args:
-        model: a causal language model of transformers with `SpectralLinear` layers.
+        model: a causal language model of transformers with spectral layers.
         data: windows; see `load_data`.
         options: see there.
-        teacher: a dense or factored model over the same vocabulary, for distillation; may be of another dtype and device.
+        teacher: over the same vocabulary, for distillation; see `ModelTeacher` and `CachedTeacher`.
         state: of a run to go on with; see `start`.
         on_step: called after every step.
         on_best: called when the held-out loss is the least so far, the model being as it was measured.
@@ -92,50 +96,59 @@ def train(
         TrainError: a loss that is not finite, or a teacher with another vocabulary.
     """
     device = next(model.parameters()).device
-    _check_teacher(model, teacher)
+    objective = _Objective(model, options, teacher)
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     if options.checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     began, trained = time.perf_counter(), 0
     if state.step == 0:
-        _look(model, data, options, state, on_best)
+        _look(model, objective, data, options, state, on_best)
     model.train()
-    while state.step < options.steps:
+    while state.step < options.steps and not (options.patience and state.looks >= options.patience):
         rate = options.factor(state.step)
         for group in state.optimizer.param_groups:
             group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
         state.optimizer.zero_grad()
-        windows, learned = (part.to(device) for part in data.batch(state.step, options.batch, options.seed))
-        predicted = int(learned[:, 1:].sum())
-        total = 0.0
-        for part, mask in zip(windows.split(options.micro_batch), learned.split(options.micro_batch), strict=True):
-            loss = _loss(model, part, mask, options, teacher) / max(1, predicted)
-            loss.backward()
-            total += float(loss.detach())
-        if not math.isfinite(total):
-            raise TrainError(
-                f"step {state.step + 1}: the loss is {total}; lower the rates, or start again from the last checkpoint"
-            )
+        batch = data.batch(state.step, options.batch, options.seed).to(device)
+        scale = 1.0 / max(1, int(batch.predicted.sum()))
+        total = sum(objective.descend(part, scale) for part in batch.split(options.micro_batch))
         norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
+            raise TrainError(f"step {state.step + 1}: {what}; lower the rates; files of earlier steps are as they were")
         state.optimizer.step()
         state.step += 1
-        if options.optimizer == "adamw" and options.retraction != "none" and state.step % options.retract_every == 0:
-            retract_(model, options.retraction)  # type: ignore[arg-type]
-        trained += windows.numel()
-        progress = Progress(state.step, total, rate, norm, trained / (time.perf_counter() - began))
         last = state.step == options.steps
-        if last:
-            retract_(model, "qr" if options.retraction == "none" else options.retraction)  # type: ignore[arg-type]
-        if last or (options.eval_every and state.step % options.eval_every == 0):
+        looks = last or (options.eval_every > 0 and state.step % options.eval_every == 0)
+        _come_back_(model, options, state, final=last)
+        trained += batch.windows.numel()
+        progress = Progress(state.step, total, rate, norm, trained / (time.perf_counter() - began))
+        if looks:
             progress.drift = drift(model)
-            progress.held_out = _look(model, data, options, state, on_best)
+            progress.held_out = _look(model, objective, data, options, state, on_best)
             model.train()
         state.history.append(progress)
         if on_step:
             on_step(progress)
     model.eval()
     return state
+
+
+def _come_back_(model: nn.Module, options: TrainOptions, state: TrainState, *, final: bool) -> None:
+    """Brings U and V back to the manifold where the optimiser has not done so itself."""
+    if options.retraction == "absorb":
+        rotated: dict[nn.Parameter, Tensor] = {}
+        for layer in dict.fromkeys(layer for layer in model.modules() if isinstance(layer, SpectralLayer)):
+            if layer.U not in rotated:  # not of a tied layer twice
+                rotation = absorb_(layer)
+                rotated |= {layer.U: rotation.P, layer.V: rotation.R}
+        turn_(state.optimizer, rotated)
+    elif options.retraction == "none":
+        if final:
+            retract_(model)
+    elif options.optimizer == "adamw" and (final or state.step % options.retract_every == 0):
+        retract_(model, options.retraction)  # type: ignore[arg-type]
 
 
 def start(model: nn.Module, options: TrainOptions) -> TrainState:
@@ -155,7 +168,8 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
         plain = [{"params": params, "full_rate": rate} for (_, rate), params in groups.items()]
         return TrainState(0, torch.optim.AdamW(plain, lr=0.0, betas=(0.9, 0.99), weight_decay=options.weight_decay))
     listed = [{"params": params, "kind": kind, "full_rate": rate} for (kind, rate), params in groups.items()]
-    back = None if options.retraction == "none" else lambda X: retract(X, options.retraction)  # type: ignore[arg-type]
+    afterwards = options.retraction in ("none", "absorb")
+    back = None if afterwards else lambda X: retract(X, options.retraction)  # type: ignore[arg-type]
     return TrainState(0, SpectralAdam(listed, tangent=tangent, retract=back, weight_decay=options.weight_decay))
 
 
@@ -172,7 +186,7 @@ def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Paramet
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            is_factor = isinstance(module, SpectralLinear) and name in ("U", "s", "V")
+            is_factor = isinstance(module, SpectralLayer) and name in ("U", "s", "V")
             if id(parameter) in heads:
                 kind, rate = "plain", options.embedding_rate
             elif is_factor and name == "s":
@@ -187,33 +201,71 @@ def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Paramet
             yield parameter, kind, rate if wanted else 0.0
 
 
-def _loss(
-    model: nn.Module, windows: Tensor, learned: Tensor, options: TrainOptions, teacher: nn.Module | None
-) -> Tensor:
-    """Sum over learned tokens; logits in float32 a few rows at a time."""
-    targets, mask = windows[:, 1:], learned[:, 1:]
-    with _products(windows.device, options.bf16):
-        logits = model(input_ids=windows, use_cache=False).logits[:, :-1][mask]
-    if teacher is None or not options.teacher_weight:
-        pieces = zip(logits.split(_ROWS), targets[mask].split(_ROWS), strict=True)
-        return sum((F.cross_entropy(rows.float(), row, reduction="sum") for rows, row in pieces), logits.new_zeros(()))
-    with torch.no_grad():
-        device = next(teacher.parameters()).device
-        taught = teacher(input_ids=windows.to(device), use_cache=False).logits[:, :-1].to(logits.device)[mask]
-    total = logits.new_zeros((), dtype=torch.float32)
-    weight, temperature = options.teacher_weight, options.temperature
-    parts = zip(logits.split(_ROWS), taught.split(_ROWS), targets[mask].split(_ROWS), strict=True)
-    for rows, teacher_rows, row in parts:
-        own = F.log_softmax(rows.float() / temperature, -1)
-        other = F.log_softmax(teacher_rows.float() / temperature, -1)
-        kl = F.kl_div(own, other, reduction="sum", log_target=True) * temperature**2
-        total = total + weight * kl + (1.0 - weight) * F.cross_entropy(rows.float(), row, reduction="sum")
-    return total
+class _Objective:
+    """What a step minimises, logits a few rows at a time."""
+
+    def __init__(self, model: Any, options: TrainOptions, teacher: Teacher | None) -> None:
+        self._halves, self._options = Halves(model), options
+        self._teacher = teacher if options.teacher_weight else None
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        if teacher is not None and teacher.vocabulary != vocabulary:
+            raise TrainError(
+                f"the teacher has a vocabulary of {teacher.vocabulary}, the model one of {vocabulary}; they must be the same"
+            )
+        self._rows = max(1, _LOGITS_BYTES // (4 * vocabulary))
+
+    def descend(self, batch: Batch, scale: float) -> float:
+        """Adds the gradients of `scale` times the loss, summed over learned tokens; returns that.
+
+        Each part of the logits goes back as far as the hidden states at once and is let go, so that neither logits nor
+        their gradient are ever whole, and nothing is computed twice.
+        """
+        lesson = self._teacher.lesson(batch) if self._teacher is not None else None
+        hidden, targets = self._predicted(batch), batch.targets
+        rows = hidden.detach().requires_grad_()
+        total = 0.0
+        for start in range(0, len(targets), self._rows):
+            part = slice(start, start + self._rows)
+            with products(hidden.device, self._options.bf16):
+                logits = self._halves.head(rows[part])
+            loss = scale * self._mixed(logits.float(), targets[part], lesson(part) if lesson else None)
+            loss.backward()
+            total += float(loss.detach())
+        if rows.grad is not None and hidden.requires_grad:
+            hidden.backward(rows.grad)
+        return total
+
+    @torch.no_grad()
+    def cross_entropy(self, batch: Batch) -> float:
+        """Summed over learned tokens."""
+        hidden, targets = self._predicted(batch), batch.targets
+        total = 0.0
+        for rows, row in zip(hidden.split(self._rows), targets.split(self._rows), strict=True):
+            with products(hidden.device, self._options.bf16):
+                logits = self._halves.head(rows)
+            total += float(F.cross_entropy(logits.float(), row, reduction="sum"))
+        return total
+
+    def _predicted(self, batch: Batch) -> Tensor:
+        """Hidden states (learned tokens, width) float32."""
+        with products(batch.windows.device, self._options.bf16):
+            hidden = self._halves.hidden(batch.windows, batch.positions)
+        return hidden[:, :-1][batch.predicted].float()
+
+    def _mixed(self, logits: Tensor, targets: Tensor, taught: Any) -> Tensor:
+        weight = self._options.teacher_weight if taught is not None else 0.0
+        loss = logits.new_zeros(())
+        if weight < 1.0:
+            loss = loss + (1.0 - weight) * F.cross_entropy(logits, targets, reduction="sum")
+        if weight > 0.0:
+            loss = loss + weight * divergence(logits, taught, self._options.temperature)
+        return loss
 
 
 @torch.no_grad()
 def _look(
     model: nn.Module,
+    objective: _Objective,
     data: TrainData,
     options: TrainOptions,
     state: TrainState,
@@ -221,27 +273,12 @@ def _look(
 ) -> float:
     """Cross-entropy on the held-out windows in nats a token; says so where it is the least so far."""
     model.eval()
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    pairs = zip(data.held_out.split(options.micro_batch), data.held_out_learned.split(options.micro_batch), strict=True)
-    for windows, learned in pairs:
-        total += float(_loss(model, windows.to(device), learned.to(device), options, None))
-        count += int(learned[:, 1:].sum())
-    loss = total / max(1, count)
+    batch = data.held_out.to(next(model.parameters()).device)
+    total = sum(objective.cross_entropy(part) for part in batch.split(options.micro_batch))
+    loss = total / max(1, int(batch.predicted.sum()))
+    state.looks += 1
     if loss < state.best:
-        state.best, state.best_step = loss, state.step
+        state.best, state.best_step, state.looks = loss, state.step, 0
         if on_best:
             on_best(state)
     return loss
-
-
-def _products(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
-def _check_teacher(model: Any, teacher: Any) -> None:
-    if teacher is None:
-        return
-    own, other = (each.config.get_text_config().vocab_size for each in (model, teacher))
-    if own != other:
-        raise TrainError(f"the teacher has a vocabulary of {other}, the model one of {own}; they must be the same")

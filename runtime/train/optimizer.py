@@ -117,3 +117,16 @@ class SpectralAdam(Optimizer):
             state["second"] = torch.zeros(second, dtype=torch.float32, device=parameter.device)
         state["count"] += 1
         return state
+
+
+def turn_(optimizer: Optimizer, rotations: Mapping[nn.Parameter, Tensor]) -> None:
+    """Turns what an optimiser keeps of parameters (m, k) whose columns were turned by orthogonal P (k, k): X -> X P.
+
+    First moments turn along; of second moments the expectation does, with the squares of P.
+    """
+    for parameter, P in rotations.items():
+        for name, moment in optimizer.state.get(parameter, {}).items():
+            if name in ("first", "exp_avg"):
+                moment.copy_(moment @ P.to(moment.dtype))
+            elif name in ("second", "exp_avg_sq"):
+                moment.copy_(moment @ P.square().to(moment.dtype))

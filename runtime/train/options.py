@@ -10,6 +10,8 @@ from sctconv.formats.errors import SctError
 
 from ..retraction import METHODS
 
+RETRACTIONS: Final = (*METHODS, "absorb", "none")
+
 SCHEDULES: Final = ("cosine", "wsd", "constant")
 OPTIMIZERS: Final = ("spectral", "adamw")
 PARTS: Final = ("all", "factors", "norms")
@@ -36,15 +38,19 @@ class TrainOptions:
         clip: largest norm of the gradient of all parameters; 0 for none.
         schedule: `cosine`, `wsd` (constant, the last fifth falling to nothing) or `constant`, after the warm-up.
         warm_up: share of the steps in which rates rise from nothing.
-        retraction: `qr`, `householder`, `polar`, or `none` until the end.
+        retraction: `qr`, `householder`, `polar`; `absorb`, which leaves the layer's function as the step made it; or `none`
+            until the end.
         retract_every: steps between retractions with `adamw`.
         train: `all`, `factors` or `norms`.
         bf16: whether products are bfloat16; weights and moments stay float32.
         checkpointing: whether activations are computed again in the backward pass.
         teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.
         temperature: of that KL.
+        teacher_top: successors of each token that a teacher's cache keeps.
+        document_masks: whether tokens see only the document that they are of.
         held_out: share of the windows that is kept aside to measure on.
         eval_every: steps between looks at them; 0 for only the first and the last.
+        patience: looks in a row without a better one after which the run ends; 0 for never.
         seed: of the order of the windows.
 
     Raises:
@@ -72,16 +78,18 @@ class TrainOptions:
     checkpointing: bool = False
     teacher_weight: float = 0.5
     temperature: float = 1.0
+    teacher_top: int = 64
+    document_masks: bool = False
     held_out: float = 0.05
     eval_every: int = 50
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "retract_every"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
-        if self.context < 2:
-            raise TrainError(f"--context {self.context}: at least 2")
+        leasts = {"steps": 1, "batch": 1, "micro_batch": 1, "retract_every": 1, "teacher_top": 1, "context": 2}
+        for name, least in {**leasts, "eval_every": 0, "patience": 0}.items():
+            if getattr(self, name) < least:
+                raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
         if self.batch % self.micro_batch:
             raise TrainError(f"--batch {self.batch}: not a multiple of --micro-batch {self.micro_batch}")
         for name in ("rate", "angle", "singular_rate", "norm_rate", "embedding_rate", "weight_decay", "clip"):
@@ -92,10 +100,12 @@ class TrainOptions:
                 raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 and 1")
         if not 0.0 < self.held_out < 1.0:
             raise TrainError(f"--held-out {self.held_out}: between 0 and 1, both excluded")
+        if self.patience and not self.eval_every:
+            raise TrainError(f"--patience {self.patience}: needs looks at the held-out windows; give --eval-every")
         if not self.temperature > 0.0:
             raise TrainError(f"--temperature {self.temperature}: above 0")
         choices: dict[str, tuple[str, ...]] = {
-            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "retraction": (*METHODS, "none"), "train": PARTS,
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "retraction": RETRACTIONS, "train": PARTS,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

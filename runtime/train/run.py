@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from sctconv.formats.atomic import check_target
+from sctconv.formats.atomic import atomic_file, check_target
 from sctconv.formats.reader import SctFile
 
 from ..model import load
+from ..skeleton import load_config, load_tokenizer
 from ..texts import TextError
 from .checkpoint import restore, save_checkpoint, save_model
-from .data import load_data
+from .data import TrainData, load_data
 from .loop import Progress, TrainState, start, train
 from .options import TrainOptions
+from .teacher import CachedTeacher, ModelTeacher, Teacher, cache_facts, write_cache
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,34 @@ class Files:
         return self.output.with_suffix(".checkpoint.sct")
 
     @property
+    def last(self) -> Path:
+        """`NEW.last.sct`: the model after the last step, where that is not the best."""
+        return self.output.with_suffix(".last.sct")
+
+    @property
     def metrics(self) -> Path:
         """`NEW.metrics.jsonl`."""
         return self.output.with_suffix(".metrics.jsonl")
+
+    @property
+    def board(self) -> Path:
+        """`NEW.tensorboard`, a directory, where TensorBoard is installed."""
+        return self.output.with_suffix(".tensorboard")
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Whom to distil from.
+
+    Attributes:
+        name: what it is called in what is written.
+        load: makes the model; not called where a cache holds what it would say.
+        cache: file for its most likely successors: with one, teacher and student are never in memory together.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    cache: Path | None = None
 
 
 def run(
@@ -57,9 +86,10 @@ def run(
     texts: Sequence[str],
     options: TrainOptions,
     *,
-    teacher: Any = None,
+    teacher: TeacherSource | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[Progress], None] | None = None,
+    on_asked: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a model and keeps the best iterate; interrupted, it leaves the best so far and, if asked for, a checkpoint.
 
@@ -67,39 +97,43 @@ def run(
         files: see there.
         texts: see `load_data`.
         options: see there.
-        teacher: a model to distil from, or None.
+        teacher: whom to distil from, or None.
         device: where to train.
         on_step: called after every step.
+        on_asked: called while a teacher's cache is made, with windows done and windows in all.
 
     Returns:
         A summary for people and scripts.
 
     Raises:
-        FormatError: a file is damaged. TextError: a text cannot be read. TrainError: see `train` and `restore`.
-        OutputError: the output exists or cannot be written.
+        FormatError: a file is damaged. TextError: a text cannot be read. TrainError: see `load_data`, `train`, `restore`
+            and `CachedTeacher`. OutputError: the output exists or cannot be written.
     """
     check_target(files.output, overwrite=files.overwrite or files.resume is not None)
     began = time.perf_counter()
-    model, tokenizer = load(files.model, dtype=torch.float32, device=device)
-    if tokenizer is None:
-        raise TextError(f"{files.model}: has no tokenizer, which training needs")
-    data = load_data(texts, tokenizer, context=options.context, held_out=options.held_out)
+    data = _data(files.model, texts, options)
+    taught_by = _teacher(teacher, data, options, on_asked)
+    model = load(files.model, dtype=torch.float32, device=device).model
     state = start(model, options)
+    identity = {"data": data.fingerprint(), "teacher": teacher.name if teacher else None}
     if files.resume is not None:
-        state = restore(model, state, options, data, files.resume)
+        state = restore(model, state, options, identity, files.resume)
     facts = {
         "options": options.to_json(),
         "texts": [{"source": name, "tokens": tokens} for name, tokens in data.sources],
-        "teacher": teacher is not None,
+        "teacher": identity["teacher"],
     }
     first = state.best
-    with SctFile(files.model) as source, files.metrics.open("a" if files.resume else "w", encoding="utf-8") as metrics:
+    with SctFile(files.model) as source, _Log(files, state.step) as log:
+
+        def checkpoint() -> None:
+            if files.save_every:
+                save_checkpoint(model, source, state, options, identity, files.checkpoint)
 
         def step(done: Progress) -> None:
-            metrics.write(json.dumps(asdict(done)) + "\n")
-            metrics.flush()
+            log.add(done)
             if files.save_every and done.step % files.save_every == 0:
-                save_checkpoint(model, source, state, options, data, files.checkpoint)
+                checkpoint()
             if on_step:
                 on_step(done)
 
@@ -110,13 +144,15 @@ def run(
             save_model(model, source, files.output, training=training, overwrite=True)
 
         try:
-            state = train(model, data, options, teacher=teacher, state=state, on_step=step, on_best=best)
+            train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
         except KeyboardInterrupt:
-            if files.save_every:
-                save_checkpoint(model, source, state, options, data, files.checkpoint)
+            checkpoint()
             raise
+        if state.step != state.best_step:
+            save_model(model, source, files.last, training={**facts, "step": state.step}, overwrite=True)
     return {
         "output": str(files.output),
+        "last": str(files.last if state.step != state.best_step else files.output),
         "metrics": str(files.metrics),
         "steps": state.step,
         "best_step": state.best_step,
@@ -125,3 +161,72 @@ def run(
         "tokens": state.step * options.batch * options.context,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _data(path: Path, texts: Sequence[str], options: TrainOptions) -> TrainData:
+    with SctFile(path) as file:
+        small = {name: file.file(name) for name in file.index.files}
+    tokenizer = load_tokenizer(small)
+    if tokenizer is None:
+        raise TextError(f"{path}: has no tokenizer, which training needs")
+    return load_data(
+        texts,
+        tokenizer,
+        context=options.context,
+        held_out=options.held_out,
+        document_masks=options.document_masks,
+        vocabulary=load_config(small, str(path)).get_text_config().vocab_size,
+    )
+
+
+def _teacher(
+    source: TeacherSource | None,
+    data: TrainData,
+    options: TrainOptions,
+    on_asked: Callable[[int, int], None] | None,
+) -> Teacher | None:
+    """Makes the cache, if one is wanted that is not there."""
+    if source is None:
+        return None
+    if source.cache is None:
+        return ModelTeacher(source.load(), options.temperature)
+    facts = cache_facts(data, source.name, options.temperature, options.teacher_top)
+    if not source.cache.exists():
+        write_cache(source.load(), data, source.cache, facts, progress=on_asked)
+    return CachedTeacher(source.cache, facts)
+
+
+class _Log:
+    """A run's measurements: a line a step in `metrics.jsonl`, and the same for TensorBoard if it is installed.
+
+    A resumed run goes on after the last step of its checkpoint; lines of steps that it will take again are let go.
+    """
+
+    _TENSORBOARD: Final = "torch.utils.tensorboard"
+
+    def __init__(self, files: Files, done: int) -> None:
+        if done and files.metrics.exists():
+            lines = files.metrics.read_text(encoding="utf-8").splitlines()
+            with atomic_file(files.metrics, overwrite=True) as out:
+                out.writelines(f"{line}\n".encode() for line in lines if json.loads(line)["step"] <= done)
+        self._file = files.metrics.open("a" if done else "w", encoding="utf-8")
+        self._board: Any = None
+        with contextlib.suppress(ImportError):  # TensorBoard is not installed
+            self._board = importlib.import_module(self._TENSORBOARD).SummaryWriter(files.board, purge_step=done + 1)
+
+    def add(self, done: Progress) -> None:
+        values = asdict(done)
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, done.step)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

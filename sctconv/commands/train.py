@@ -37,20 +37,35 @@ from .common import DTYPE, print_json, progress_bar
 @click.option("--schedule", type=click.Choice(["cosine", "wsd", "constant"]), default="cosine", show_default=True)
 @click.option("--warm-up", default=0.05, show_default=True, help="Share of the steps in which rates rise.")
 @click.option(
-    "--retraction", type=click.Choice(["qr", "householder", "polar", "none"]), default="qr", show_default=True,
-    help="How U and V come back to orthonormal columns; none: only at the end.",
-)  # fmt: skip
+    "--retraction",
+    type=click.Choice(["qr", "householder", "polar", "absorb", "none"]),
+    default="qr",
+    show_default=True,
+    help="How U and V come back to orthonormal columns; absorb: without changing the layer; none: only at the end.",
+)
+@click.option("--retract-every", default=1, show_default=True, help="With adamw: steps between retractions.")
 @click.option(
     "--train", type=click.Choice(["all", "factors", "norms"]), default="all", show_default=True, help="What moves."
 )
+@click.option("--document-masks", is_flag=True, help="Tokens see only the record that they are of.")
 @click.option("--bf16", is_flag=True, help="Products in bfloat16; weights and moments stay float32.")
 @click.option("--checkpointing", is_flag=True, help="Compute activations again in the backward pass, to save memory.")
 @click.option("--teacher", metavar="SRC", help="Dense or factored model to learn the distribution of.")
+@click.option(
+    "--teacher-cache",
+    metavar="FILE",
+    help="Ask it once and keep its most likely tokens here; then it is never in memory beside MODEL.",
+)
+@click.option("--teacher-top", default=64, show_default=True, help="How many for each token.")
 @click.option("--teacher-weight", default=0.5, show_default=True, help="Share of the loss that is the KL to it.")
 @click.option("--teacher-dtype", type=DTYPE, help="The teacher's.  [default: as stored]")
+@click.option("--teacher-device", metavar="DEVICE", help="Where the teacher is.  [default: --device]")
 @click.option("--temperature", default=1.0, show_default=True, help="Of that KL.")
 @click.option("--held-out", default=0.05, show_default=True, help="Share of the windows kept aside to measure on.")
 @click.option("--eval-every", default=50, show_default=True, help="Steps between looks at them.")
+@click.option(
+    "--patience", default=0, show_default=True, help="End after so many looks without a better one; 0: never."
+)
 @click.option(
     "--save-every", default=0, show_default=True, help="Steps between checkpoints, NEW.checkpoint.sct; 0 for none."
 )
@@ -65,6 +80,8 @@ def train(
     output: str | None,
     teacher: str | None,
     teacher_dtype: str | None,
+    teacher_device: str | None,
+    teacher_cache: str | None,
     save_every: int,
     resume: str | None,
     device: str,
@@ -75,32 +92,48 @@ def train(
     """Train U, s and V of MODEL.sct on text, and what is dense beside them; the dense matrix of a factored layer never exists.
 
     What is written is the iterate that did best on held-out windows, the model as it was counted among them. Beside NEW.sct
-    stand NEW.metrics.jsonl, a line a step, and NEW.train.html with curves.
+    stand NEW.metrics.jsonl, a line a step, NEW.train.html with curves, NEW.tensorboard if TensorBoard is installed, and
+    NEW.last.sct if the last step was not the best.
     """
+    from sctconv.errors import OptionError
     from sctconv.report.training import write_training_report
-    from sctconv.runtime.train import Files, TrainOptions, run
+    from sctconv.runtime.train import Files, TeacherSource, TrainOptions, run
     from sctconv.sources.model import load_any, usable_device
 
     target = Path(output) if output else Path(Path(model).stem + "-trained.sct")
     options = TrainOptions(**settings)
     files = Files(Path(model), target, Path(resume) if resume else None, save_every, overwrite)
     place = usable_device(device)
-    taught_by = load_any(teacher, dtype=teacher_dtype, device=device).model if teacher else None
+    if teacher_cache and not teacher:
+        raise OptionError(f"--teacher-cache {teacher_cache}: of whom? give --teacher SRC too")
+    taught_by = None
+    if teacher:
+        taught_by = TeacherSource(
+            Path(teacher).name if Path(teacher).exists() else teacher,
+            lambda: load_any(teacher, dtype=teacher_dtype, device=teacher_device or device).model,
+            Path(teacher_cache) if teacher_cache else None,
+        )
+    looked = ""
     with progress_bar("training", quiet=as_json) as bar:
 
         def show(done: Any) -> None:
-            looked = f", held-out {done.held_out:.3f}" if done.held_out is not None else ""
-            speed = f"{done.tokens_per_second:.0f} tokens/s"
+            nonlocal looked
+            if done.held_out is not None:
+                looked = f", held-out {done.held_out:.3f}, drift {done.drift:.0e}"
+            speed = f"rate x{done.rate:.2f}, {done.tokens_per_second:.0f} tokens/s"
             bar(done.step, options.steps, f"loss {done.loss:.3f}, {speed}{looked}")
 
-        summary = run(files, data, options, teacher=taught_by, device=place, on_step=show)
+        def asked(done: int, windows: int) -> None:
+            bar(0, 1, f"asking the teacher about window {done} of {windows}")
+
+        summary = run(files, data, options, teacher=taught_by, device=place, on_step=show, on_asked=asked)
     summary["report"] = str(target.with_suffix(".train.html"))
     write_training_report(model, target, summary["metrics"], summary["report"], summary)
     if as_json:
         print_json(summary)
         return
     click.echo(
-        f"{target}: held-out perplexity {summary['perplexity']:.5g} after {summary['best_step']} of {options.steps} steps "
+        f"{target}: held-out perplexity {summary['perplexity']:.5g} after {summary['best_step']} of {summary['steps']} steps "
         f"(before {summary['perplexity_before']:.5g}); {summary['tokens']} tokens, {summary['seconds']:.0f} s"
     )
     click.echo(f"metrics: {summary['metrics']}   pictures: {summary['report']}")

@@ -22,7 +22,7 @@ import torch
 import sctconv
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.evaluate import perplexity
-from sctconv.runtime.train import TrainOptions, load_data, train
+from sctconv.runtime.train import ModelTeacher, TrainOptions, load_data, train
 from sctconv.sources import open_source
 from sctconv.sources.model import load_dense
 from tests.benchmarks.measure import header
@@ -71,7 +71,7 @@ def _row(row: str, start: Path, steps: int, changes: dict[str, float]) -> None:
     settings = settings if settings else changes
     options = TrainOptions(steps=steps, context=512, eval_every=0, bf16=_has_bf16(), **settings)
     model, tokenizer = sctconv.load(start, dtype=torch.float32)
-    teacher = load_dense(open_source(str(real_gguf()))).model if taught else None
+    teacher = ModelTeacher(load_dense(open_source(str(real_gguf()))).model) if taught else None
     data = load_data([str(_VALID)], tokenizer, context=512, held_out=0.02)
     ids = [tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids[:8192] for path in (WIKITEXT, _TALES)]
     began = time.perf_counter()

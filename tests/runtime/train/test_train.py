@@ -14,15 +14,13 @@ from click.testing import CliRunner
 import sctconv
 from sctconv import SctFile
 from sctconv.cli import main
-from sctconv.convert import ConvertOptions, convert
 from sctconv.formats.errors import SctError
 from sctconv.runtime.retraction import drift, retract, tangent
 from sctconv.runtime.spectral import SpectralLinear
 from sctconv.runtime.train import (
     Files,
-    TrainData,
+    ModelTeacher,
     TrainError,
-    TrainOptions,
     TrainState,
     load_data,
     restore,
@@ -34,35 +32,17 @@ from sctconv.runtime.train import (
 )
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.runtime.verify import verify
-from tests.models import save, tiny_model, tiny_tokenizer
+from tests.models import tiny_model
+from tests.training import quick, windows
 
-TEXT = "".join(f"{place} apples and {place % 5} pears. " for place in range(900))
-
-
-@pytest.fixture(scope="module")
-def factored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("train")
-    source = save(tiny_model("llama", vocab_size=260), directory / "m")
-    tiny_tokenizer(source)
-    (directory / "text.txt").write_text(TEXT)
-    convert(str(source), directory / "m.sct", ConvertOptions(rank=6, modules="all"))
-    return directory / "m.sct"
+FACTS = {"data": "ab", "teacher": None}
 
 
-def _options(**changes: Any) -> TrainOptions:
-    settings = {"steps": 12, "batch": 4, "micro_batch": 2, "context": 32, "eval_every": 4, "norm_rate": 1e-3}
-    return TrainOptions(**{**settings, "rate": 1e-3, "angle": 0.02, "singular_rate": 0.01, **changes})
-
-
-def _data(factored: Path) -> TrainData:
-    tokenizer = sctconv.load(factored).tokenizer
-    return load_data([str(factored.parent / "text.txt")], tokenizer, context=32, held_out=0.05)
-
-
+@pytest.mark.parametrize("retraction", ["qr", "polar", "householder", "absorb"])
 @pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
-def test_it_learns_and_stays_on_the_manifold(optimizer: str, factored: Path) -> None:
-    model, data = sctconv.load(factored).model, _data(factored)
-    state = train(model, data, _options(optimizer=optimizer, steps=30))
+def test_it_learns_and_stays_on_the_manifold(optimizer: str, retraction: str, factored: Path) -> None:
+    model, data = sctconv.load(factored).model, windows(factored)
+    state = train(model, data, quick(optimizer=optimizer, retraction=retraction, steps=30))
     looks = [step.held_out for step in state.history if step.held_out is not None]
     assert state.best < looks[0] and state.step == 30 and len(state.history) == 30
     assert all(step.drift < 1e-5 for step in state.history if step.drift is not None)
@@ -71,8 +51,8 @@ def test_it_learns_and_stays_on_the_manifold(optimizer: str, factored: Path) -> 
 
 
 def test_the_dense_matrix_never_exists(factored: Path) -> None:
-    model, data = sctconv.load(factored).model, _data(factored)
-    train(model, data, _options(steps=1))
+    model, data = sctconv.load(factored).model, windows(factored)
+    train(model, data, quick(steps=1))
     for layer in model.modules():
         if isinstance(layer, SpectralLinear):
             assert layer.U.grad is not None and layer.U.grad.shape == layer.U.shape
@@ -83,7 +63,7 @@ def test_the_dense_matrix_never_exists(factored: Path) -> None:
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     optimizer: str, factored: Path, tmp_path: Path
 ) -> None:
-    data, options = _data(factored), _options(optimizer=optimizer)
+    data, options = windows(factored), quick(optimizer=optimizer)
     whole = sctconv.load(factored).model
     train(whole, data, options)
 
@@ -100,9 +80,9 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     with SctFile(factored) as source:
         with pytest.raises(StopError):
             train(first, data, options, state=state, on_step=stop)
-        save_checkpoint(first, source, state, options, data, tmp_path / "c.sct")
+        save_checkpoint(first, source, state, options, FACTS, tmp_path / "c.sct")
     second = sctconv.load(tmp_path / "c.sct").model
-    state = restore(second, start(second, options), options, data, tmp_path / "c.sct")
+    state = restore(second, start(second, options), options, FACTS, tmp_path / "c.sct")
     assert state.step == 7
     train(second, data, options, state=state)
     for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
@@ -110,25 +90,25 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
 
 
 def test_another_run_is_not_resumed(factored: Path, tmp_path: Path) -> None:
-    model, data, options = sctconv.load(factored).model, _data(factored), _options(steps=2)
+    model, data, options = sctconv.load(factored).model, windows(factored), quick(steps=2)
     state = train(model, data, options)
     with SctFile(factored) as source:
-        save_checkpoint(model, source, state, options, data, tmp_path / "c.sct")
+        save_checkpoint(model, source, state, options, FACTS, tmp_path / "c.sct")
         save_model(model, source, tmp_path / "m.sct", training={})
     fresh = start(model, options)
     with pytest.raises(TrainError, match=r"c.sct: was made with seed 0, not 1"):
-        restore(model, fresh, _options(steps=2, seed=1), data, tmp_path / "c.sct")
-    other = load_data([str(factored.parent / "text.txt")], sctconv.load(factored).tokenizer, context=32, held_out=0.2)
-    with pytest.raises(TrainError, match="was made with data"):
-        restore(model, fresh, options, other, tmp_path / "c.sct")
+        restore(model, fresh, quick(steps=2, seed=1), FACTS, tmp_path / "c.sct")
+    for name, value in {"data": "cd", "teacher": "large"}.items():
+        with pytest.raises(TrainError, match=f"was made with {name} {FACTS[name]}, not {value}"):
+            restore(model, fresh, options, {**FACTS, name: value}, tmp_path / "c.sct")
     with pytest.raises(TrainError, match="a model, not a checkpoint"):
-        restore(model, fresh, options, data, tmp_path / "m.sct")
+        restore(model, fresh, options, FACTS, tmp_path / "m.sct")
 
 
 def test_what_was_trained_is_what_is_saved(factored: Path, tmp_path: Path) -> None:
-    model, data = sctconv.load(factored).model, _data(factored)
-    train(model, data, _options())
-    ids = data.held_out[:1]
+    model, data = sctconv.load(factored).model, windows(factored)
+    train(model, data, quick())
+    ids = data.held_out.windows[:1]
     with torch.no_grad():
         before = model(input_ids=ids).logits
         with SctFile(factored) as source:
@@ -143,8 +123,8 @@ def test_what_was_trained_is_what_is_saved(factored: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("part", "moving"), [("factors", "U"), ("norms", "norm"), ("all", "")])
 def test_only_what_is_asked_for_moves(part: str, moving: str, factored: Path) -> None:
-    before, model, data = sctconv.load(factored).model, sctconv.load(factored).model, _data(factored)
-    train(model, data, _options(train=part, steps=3))
+    before, model, data = sctconv.load(factored).model, sctconv.load(factored).model, windows(factored)
+    train(model, data, quick(train=part, steps=3))
     changed = {
         name
         for (name, one), other in zip(before.state_dict().items(), model.state_dict().values(), strict=True)
@@ -158,28 +138,89 @@ def test_only_what_is_asked_for_moves(part: str, moving: str, factored: Path) ->
     assert any(moving in name for name in changed)
 
 
+@pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
+def test_without_retraction_it_leaves_the_manifold_and_comes_back_at_the_end(optimizer: str, factored: Path) -> None:
+    model, data = sctconv.load(factored).model, windows(factored)
+    state = train(model, data, quick(optimizer=optimizer, retraction="none", angle=0.1, rate=1e-2))
+    drifts = [step.drift for step in state.history if step.drift is not None]
+    assert drifts[0] > 1e-3 and drifts[-1] < 1e-5
+
+
+def test_one_loss_however_the_logits_are_split(factored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    for size in (1 << 30, 260 * 4 * 7):  # all rows at once, seven at a time
+        monkeypatch.setattr("sctconv.runtime.train.loop._LOGITS_BYTES", size)
+        model, data = sctconv.load(factored).model, windows(factored)
+        trained.append(train(model, data, quick(steps=3, embedding_rate=1e-3)))
+    for one, other in zip(trained[0].history, trained[1].history, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5) and one.gradient == pytest.approx(
+            other.gradient, rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 4}, {"checkpointing": True}])
+def test_how_a_step_is_cut_does_not_change_it(changes: dict[str, Any], factored: Path) -> None:
+    histories = []
+    for settings in ({}, changes):
+        model, data = sctconv.load(factored).model, windows(factored)
+        histories.append(train(model, data, quick(steps=3, **settings)).history)
+    assert [step.loss for step in histories[0]] == pytest.approx([step.loss for step in histories[1]], rel=1e-4)
+
+
+def test_patience_ends_a_run_that_gets_no_better(factored: Path) -> None:
+    model, data = sctconv.load(factored).model, windows(factored)
+    state = train(model, data, quick(steps=40, eval_every=1, patience=3, angle=1.5, singular_rate=1.0, rate=0.5))
+    assert state.step == state.best_step + 3 < 40
+
+
+def test_documents_are_masked_where_that_is_asked_for(factored: Path, tmp_path: Path) -> None:
+    tokenizer = sctconv.load(factored).tokenizer
+    lines = [json.dumps({"text": f"Number {place}."}) for place in range(200)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    data = load_data([str(tmp_path / "r.jsonl")], tokenizer, context=32, held_out=0.1, document_masks=True)
+    batch = data.training
+    assert batch.positions is not None and bool((batch.positions[:, 0] == 0).all())
+    ends = batch.windows == tokenizer.eos_token_id
+    assert torch.equal(batch.positions[:, 1:] == 0, ends[:, :-1]), "places begin again after each end"
+    model = sctconv.load(factored).model
+    state = train(model, data, quick(steps=8, document_masks=True))
+    assert state.best < (state.history[0].loss or 0)
+
+
+def test_a_tokenizer_of_another_model_is_named(factored: Path) -> None:
+    with pytest.raises(TrainError, match="the tokenizer makes token 220, but the model's vocabulary is 90"):
+        windows(factored, vocabulary=90)
+
+
+def test_answers_are_needed(factored: Path, tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "Anybody there? " * 9}]}
+    (tmp_path / "r.jsonl").write_text("\n".join([json.dumps(record)] * 20))
+    with pytest.raises(TrainError, match="no token to train on is an answer"):
+        load_data([str(tmp_path / "r.jsonl")], sctconv.load(factored).tokenizer, context=32, held_out=0.1)
+
+
 def test_a_teacher_is_followed(factored: Path) -> None:
     teacher = tiny_model("llama", vocab_size=260)
-    model, data = sctconv.load(factored).model, _data(factored)
+    model, data = sctconv.load(factored).model, windows(factored)
 
     def kl() -> float:
         with torch.no_grad():
-            logs = [torch.log_softmax(each(input_ids=data.held_out).logits, -1) for each in (model, teacher)]
+            logs = [torch.log_softmax(each(input_ids=data.held_out.windows).logits, -1) for each in (model, teacher)]
         return float(torch.nn.functional.kl_div(logs[0], logs[1], log_target=True, reduction="batchmean"))
 
     before = kl()
-    train(model, data, _options(teacher_weight=1.0, steps=30), teacher=teacher)
+    train(model, data, quick(teacher_weight=1.0, steps=30), teacher=ModelTeacher(teacher))
     assert kl() < 0.8 * before
     with pytest.raises(TrainError, match="the teacher has a vocabulary of 128, the model one of 260"):
-        train(model, data, _options(), teacher=tiny_model("llama", vocab_size=128))
+        train(model, data, quick(), teacher=ModelTeacher(tiny_model("llama", vocab_size=128)))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(factored: Path) -> None:
-    model, data = sctconv.load(factored).model, _data(factored)
+    model, data = sctconv.load(factored).model, windows(factored)
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.fill_(float("nan"))
     with pytest.raises(TrainError, match="step 1: the loss is nan"):
-        train(model, data, _options())
+        train(model, data, quick())
 
 
 def test_a_step_turns_each_column_by_its_angle() -> None:
@@ -232,20 +273,21 @@ def test_records_and_what_of_them_is_learned(factored: Path, tmp_path: Path) -> 
     ]
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(line) for line in lines * 20))
     data = load_data([str(tmp_path / "r.jsonl")], tokenizer, context=64, held_out=0.1)
-    ids = torch.cat([data.windows[:1], data.windows[1:]]).flatten()
-    learned = tokenizer.decode(data.windows[0][data.learned[0]])
+    first = data.training
+    learned = tokenizer.decode(first.windows[0][first.learned[0]])
     assert "How many?" not in learned and " Seven." in learned and "Plain words." in learned
     assert "Ho" in learned and "Hi" not in learned and "user:" not in learned
-    assert len(ids) == data.windows.numel() and data.sources[0][0] == "r.jsonl"
+    assert data.sources[0][0] == "r.jsonl"
 
 
 def test_batches_are_decided_by_seed_and_step(factored: Path) -> None:
-    data = _data(factored)
+    data = windows(factored)
     one, other = data.batch(3, 4, seed=0), data.batch(3, 4, seed=0)
-    assert torch.equal(one[0], other[0]) and not torch.equal(one[0], data.batch(3, 4, seed=1)[0])
-    count = len(data.windows)
-    epoch = torch.cat([data.batch(step, 1, 0)[0] for step in range(count)])
-    assert torch.equal(epoch.sort(0).values, data.windows.sort(0).values), "each window once an epoch"
+    assert torch.equal(one.windows, other.windows) and one.places != data.batch(3, 4, seed=1).places
+    assert torch.equal(one.windows, data.training.windows[list(one.places)])
+    count = len(data.training.places)
+    epoch = [place for step in range(count) for place in data.batch(step, 1, 0).places]
+    assert sorted(epoch) == list(range(count)), "each window once an epoch"
 
 
 @pytest.mark.parametrize(
@@ -279,12 +321,12 @@ def test_texts_that_cannot_be_used(content: str, message: str, factored: Path, t
 )
 def test_options_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainError, match=message):
-        _options(**changes)
+        quick(**changes)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_schedules(schedule: str) -> None:
-    options = _options(steps=100, schedule=schedule, warm_up=0.1)
+    options = quick(steps=100, schedule=schedule, warm_up=0.1)
     factors = [options.factor(step) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)]) and max(factors) == 1.0
     assert factors[-1] < 0.06 if schedule != "constant" else factors[-1] == 1.0
@@ -292,13 +334,13 @@ def test_schedules(schedule: str) -> None:
 
 
 def test_best_is_told_when_it_is_reached(factored: Path) -> None:
-    model, data = sctconv.load(factored).model, _data(factored)
+    model, data = sctconv.load(factored).model, windows(factored)
     told: list[tuple[int, float]] = []
 
     def best(state: TrainState) -> None:
         told.append((state.step, state.best))
 
-    state = train(model, data, _options(steps=12), on_best=best)
+    state = train(model, data, quick(steps=12), on_best=best)
     assert told[0][0] == 0 and told[-1] == (state.best_step, state.best)
     assert [loss for _, loss in told] == sorted((loss for _, loss in told), reverse=True)
 
@@ -327,12 +369,12 @@ def test_the_command_line(factored: Path, tmp_path: Path) -> None:
 def test_the_file_is_the_best_of_what_was_looked_at(angle: float, factored: Path, tmp_path: Path) -> None:
     """Also where the rates are absurd and the run jumps about."""
     files = Files(factored, tmp_path / "new.sct")
-    options = _options(steps=6, angle=angle, singular_rate=angle, rate=angle / 10, eval_every=1, clip=0.0)
+    options = quick(steps=6, angle=angle, singular_rate=angle, rate=angle / 10, eval_every=1, clip=0.0)
     summary = run(files, [str(factored.parent / "text.txt")], options)
     lines = [json.loads(line)["held_out"] for line in files.metrics.read_text().splitlines()]
     assert math.log(summary["perplexity"]) == pytest.approx(min([*lines, math.log(summary["perplexity_before"])]))
-    data = _data(factored)
+    data = windows(factored)
     with torch.no_grad():
-        logits = sctconv.load(files.output).model(input_ids=data.held_out).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.held_out[:, 1:].flatten())
+        logits = sctconv.load(files.output).model(input_ids=data.held_out.windows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.held_out.windows[:, 1:].flatten())
     assert math.exp(float(loss)) == pytest.approx(summary["perplexity"], rel=1e-4)
