@@ -1,8 +1,12 @@
 """A trained model as a .sct file, and a run that can be gone on with as one that also holds its moments.
 
 A checkpoint is an ordinary .sct file with float32 weights: it loads, evaluates and generates like any other. What a run
-needs besides is in tensors named `optimizer.first.NAME` and `optimizer.second.NAME` and in `metadata["training"]`; it is
-written whole or not at all, with checksums, like every .sct file.
+needs besides is in tensors named `optimizer.first.NAME`, `optimizer.second.NAME` and `optimizer.order.LAYER` and in
+`metadata["training"]`; it is written whole or not at all, with checksums, like every .sct file.
+
+Training keeps a layer's columns where they are, and a step may move a singular value past its neighbour or, with AdamW,
+below zero, which the format does not allow. So they are written in order, and `order` says where each was and with which
+sign: column i was column |order_i| - 1, U and s times the sign of order_i. Undoing that is exact.
 """
 
 from __future__ import annotations
@@ -110,6 +114,9 @@ def restore(
             for name, place in model.state_dict(keep_vars=True).items():
                 if name in tensors:
                     place.copy_(mapped_tensor(file, tensors[name]))
+            for name, layer in _layers(model):
+                if (entry := tensors.get(f"{_MOMENTS}order.{name}")) is not None:
+                    _disorder_(layer, mapped_tensor(file, entry))
         for name, parameter in _trained(model, state):
             moments = {
                 key: mapped_tensor(file, tensors[f"{_MOMENTS}{kind}.{name}"]).clone().to(parameter.device)
@@ -132,11 +139,13 @@ def _write(
     overwrite: bool,
 ) -> None:
     places = dict(model.state_dict(keep_vars=True))
-    if state is None:
-        for name, module in model.named_modules():
-            if isinstance(module, SpectralLayer):
-                factors = absorbed(module.U, module.s, module.V)[:3]
-                places |= {f"{name}.{letter}": factor for letter, factor in zip("UsV", factors, strict=True)}
+    orders: dict[str, Tensor] = {}
+    for name, layer in _layers(model):
+        if state is None:
+            factors = absorbed(layer.U, layer.s, layer.V)[:3]
+        else:
+            *factors, orders[name] = _ordered(layer)
+        places |= {f"{name}.{letter}": factor for letter, factor in zip("UsV", factors, strict=True)}
     index = source.index
     with SctWriter(path, overwrite=overwrite, metadata={**index.metadata, **metadata}, extra=index.extra) as out:
         for entry in index.tensors.values():
@@ -146,6 +155,8 @@ def _write(
             out.add_tensor(entry.name, _pieces(source, entry, places), dtype=dtype, shape=entry.shape)
         for name, kind, tensor in _moments(model, state):
             out.add_tensor(f"{_MOMENTS}{kind}.{name}", to_numpy(tensor.cpu()))
+        for name, order in orders.items():
+            out.add_tensor(f"{_MOMENTS}order.{name}", to_numpy(order))
         for record in index.layers.values():
             layer = model.get_submodule(record.name)
             if any(parameter.requires_grad for parameter in layer.parameters()):
@@ -154,6 +165,36 @@ def _write(
         for name, file in index.files.items():
             out.add_file(name, source.file(name), extra=file.extra)
         out.commit()
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
+    """Every spectral layer; of tied ones the first."""
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralLayer) and module.U not in seen:
+            seen.add(module.U)
+            yield name, module
+
+
+@torch.no_grad()
+def _ordered(layer: SpectralLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, s, V with s descending and not negative, and the order (k,) int32 that they were in."""
+    U, s, V = (factor.detach().cpu() for factor in (layer.U, layer.s, layer.V))
+    signs = torch.where(s < 0, -1.0, 1.0)
+    order = s.abs().argsort(descending=True, stable=True)
+    code = ((order + 1) * signs[order].long()).int()
+    return (U * signs)[:, order].contiguous(), (s * signs)[order], V[:, order].contiguous(), code
+
+
+@torch.no_grad()
+def _disorder_(layer: SpectralLayer, order: Tensor) -> None:
+    """Undoes `_ordered` in place."""
+    places, signs = (order.abs() - 1).long(), order.sign()
+    U, s, V = (factor.detach().cpu().clone() for factor in (layer.U, layer.s, layer.V))
+    for factor, ordered in ((layer.U, U * signs), (layer.s, s * signs), (layer.V, V)):
+        moved = torch.empty_like(ordered)
+        moved[..., places] = ordered
+        factor.copy_(moved)
 
 
 def _pieces(source: SctFile, entry: TensorEntry, places: Mapping[str, Tensor]) -> Iterator[np.ndarray]:

@@ -187,7 +187,7 @@ def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Paramet
                 continue
             seen.add(id(parameter))
             is_factor = isinstance(module, SpectralLayer) and name in ("U", "s", "V")
-            if id(parameter) in heads:
+            if id(parameter) in heads and not (is_factor and options.embedding_rate):
                 kind, rate = "plain", options.embedding_rate
             elif is_factor and name == "s":
                 kind, rate = "singular", options.rate if adamw else options.singular_rate

@@ -33,7 +33,8 @@ class TrainOptions:
         rate: of `adamw`, and of dense matrices in `spectral`.
         angle: radians that a column of U or V turns in a step of `spectral`.
         singular_rate: relative change of s in a step of `spectral`.
-        norm_rate, embedding_rate: of vectors and of embeddings with the head; 0 freezes them.
+        norm_rate, embedding_rate: of vectors and of embeddings with the head; 0 freezes them. Factored ones move as all
+            factors do.
         weight_decay: of s.
         clip: largest norm of the gradient of all parameters; 0 for none.
         schedule: `cosine`, `wsd` (constant, the last fifth falling to nothing) or `constant`, after the warm-up.

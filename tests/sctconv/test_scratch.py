@@ -14,8 +14,11 @@ import sctconv
 from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.runtime.skeleton import linear_layers
+from sctconv.runtime.spectral import SpectralEmbedding
+from sctconv.runtime.train import Files, run
 from sctconv.runtime.verify import verify
 from tests.models import FAMILIES, save, tiny_model, tiny_tokenizer
+from tests.training import TEXT, quick
 
 
 def _run(*args: Any) -> Any:
@@ -59,6 +62,39 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Pat
         assert _run(source, "--rank", 4, "-o", tmp_path / f"{name}.sct", "--seed", seed).exit_code == 0
     a, b, c = ((tmp_path / f"{name}.sct").read_bytes() for name in "abc")
     assert a == b and a != c
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_its_embeddings_factored(family: str, tmp_path: Path) -> None:
+    source = save(tiny_model(family, vocab_size=260), tmp_path / "m")
+    tiny_tokenizer(source)
+    result = _run(source, "--rank", 4, "--embeddings", "-o", tmp_path / "n.sct")
+    assert result.exit_code == 0, result.output
+    verify(tmp_path / "n.sct")
+    model = sctconv.load(tmp_path / "n.sct").model
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if family != "gemma3":  # its table is also scaled, which factors do not do
+        assert isinstance(table, SpectralEmbedding) and isinstance(head, sctconv.SpectralLinear)
+        assert (head.U is table.U) == bool(model.config.tie_word_embeddings), "tied where the model ties"
+        assert not any(0 < dim == 260 * 32 for dim in (tensor.numel() for tensor in model.state_dict().values()))
+    ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert loss == pytest.approx(math.log(260), rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_factored_embeddings_train_and_are_saved(family: str, tmp_path: Path) -> None:
+    source = save(tiny_model(family, vocab_size=260), tmp_path / "m")
+    tiny_tokenizer(source)
+    assert _run(source, "--rank", 4, "--embeddings", "-o", tmp_path / "n.sct").exit_code == 0
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = quick(embedding_rate=1.0, steps=20, angle=0.05, singular_rate=0.05)
+    summary = run(Files(tmp_path / "n.sct", tmp_path / "t.sct"), [str(tmp_path / "text.txt")], options)
+    assert summary["perplexity"] < 0.9 * summary["perplexity_before"]
+    verify(tmp_path / "t.sct")
+    before, after = (sctconv.load(tmp_path / f"{name}.sct").model.get_input_embeddings() for name in "nt")
+    assert (after.U - before.U).abs().max() > 1e-3, "the embedding moved"
 
 
 def test_a_configuration_alone_and_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.formats.errors import SctError
 from sctconv.runtime.retraction import drift, retract, tangent
-from sctconv.runtime.spectral import SpectralLinear
+from sctconv.runtime.spectral import SpectralLayer, SpectralLinear
 from sctconv.runtime.train import (
     Files,
     ModelTeacher,
@@ -86,6 +86,25 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     assert state.step == 7
     train(second, data, options, state=state)
     for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_checkpoint_is_a_valid_file_however_the_singular_values_stand(factored: Path, tmp_path: Path) -> None:
+    model, data, options = sctconv.load(factored).model, windows(factored), quick(steps=2, optimizer="adamw")
+    state = train(model, data, options)
+    generator = torch.Generator().manual_seed(0)
+    layers = [layer for layer in model.modules() if isinstance(layer, SpectralLayer)]
+    for layer in layers:
+        layer.s.data = torch.randn(layer.s.shape, generator=generator)
+    with SctFile(factored) as source:
+        save_checkpoint(model, source, state, options, FACTS, tmp_path / "c.sct")
+    verify(tmp_path / "c.sct")
+    ids = data.held_out.windows[:1]
+    loaded = sctconv.load(tmp_path / "c.sct").model
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+    restore(loaded, start(loaded, options), options, FACTS, tmp_path / "c.sct")
+    for (name, one), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
 
 
