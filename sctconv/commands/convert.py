@@ -26,6 +26,12 @@ _DEFAULT_CALIBRATION: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
 @click.option("--ratio", type=float, metavar="R", help="Share of its parameters that each layer keeps.")
 @click.option("--target-size", type=Size(), metavar="SIZE", help="Largest rank whose file is within, e.g. 300MB.")
 @click.option(
+    "--ranks",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Each layer's rank as in another .sct file, or as `convert --dry-run --json` printed it.",
+)
+@click.option(
     "--allocate",
     type=click.Choice(["uniform", "measured"]),
     default="uniform",
@@ -69,6 +75,7 @@ _DEFAULT_CALIBRATION: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
 def convert(
     source: str,
     output: str | None,
+    ranks: str | None,
     calibration: tuple[str, ...],
     calibration_tokens: int,
     data_free: bool,
@@ -82,12 +89,13 @@ def convert(
     """Factor the linear layers of a dense checkpoint and write one .sct file.
 
     SOURCE is a Hugging Face directory (safetensors or torch .bin), a GGUF file, or ORG/NAME[@REVISION] on the Hub.
-    Give one of --rank, --energy, --ratio, --target-size. A layer that factors would not shrink stays dense.
+    Give one of --rank, --energy, --ratio, --target-size, --ranks. A layer that factors would not shrink stays dense.
 
     The factors are fitted, block by block, to reproduce the dense model on calibration text. With --data-free each
     weight is truncated by its SVD alone, which costs most of a model's quality.
     """
     from sctconv.convert.options import ConvertOptions
+    from sctconv.convert.plan import read_ranks
     from sctconv.errors import OptionError
 
     if data_free and calibration:
@@ -96,6 +104,7 @@ def convert(
         calibration=() if data_free else calibration or (_DEFAULT_CALIBRATION,),
         calibration_tokens=calibration_tokens,
         calibration_context=min(512, calibration_tokens),
+        ranks=read_ranks(ranks) if ranks else None,
         **settings,
     )
     if dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ GROUPS: Final = ("mlp", "attention", "all")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to choose ranks, layers and storage. Exactly one of `rank`, `energy`, `ratio` and `target_size` is given.
+    """How to choose ranks, layers and storage. Exactly one of `rank`, `energy`, `ratio`, `target_size` and `ranks` is given.
 
     Attributes:
         rank: the rank of every factored layer.
@@ -26,8 +27,9 @@ class ConvertOptions:
             text; of ||W||_F^2 without one.
         ratio: the share of its parameters that each factored layer keeps, in (0, 1).
         target_size: bytes that the file may have at most; the largest rank for all layers that fits.
-        allocate: `uniform`, as the four above say; or `measured`, which takes only the number of parameters from them and
-            gives each layer the rank that is best for the whole (needs calibration; not with energy).
+        ranks: layer -> its rank; selected layers that are not among them stay dense. See `read_ranks`.
+        allocate: `uniform`, as the five above say; or `measured`, which takes only the number of parameters from them and
+            gives each layer the rank that is best for the whole (needs calibration; not with energy or ranks).
         modules: `mlp`, `attention`, `all` (both), or a regular expression searched in the layers' names.
         dtype: `float32`, `bfloat16` or `float16` for every floating tensor; None keeps each tensor's own.
         device: where the SVDs run, as torch names it.
@@ -51,6 +53,7 @@ class ConvertOptions:
     energy: float | None = None
     ratio: float | None = None
     target_size: int | None = None
+    ranks: Mapping[str, int] | None = None
     allocate: str = "uniform"
     modules: str = "mlp"
     dtype: str | None = None
@@ -65,11 +68,13 @@ class ConvertOptions:
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
-        budgets = ("rank", "energy", "ratio", "target_size")
+        budgets = ("rank", "energy", "ratio", "target_size", "ranks")
         given = [f"--{name.replace('_', '-')}" for name in budgets if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            raise OptionError(f"give exactly one of --rank, --energy, --ratio and --target-size; found {found}")
+            raise OptionError(
+                f"give exactly one of --rank, --energy, --ratio, --target-size and --ranks; found {found}"
+            )
         if self.rank is not None and self.rank < 1:
             raise OptionError(f"--rank {self.rank}: a rank is at least 1")
         for name in ("energy", "ratio"):
@@ -80,8 +85,9 @@ class ConvertOptions:
             raise OptionError(f"--target-size {self.target_size}: a number of bytes")
         if self.allocate not in ALLOCATIONS:
             raise OptionError(f"--allocate {self.allocate}: choose one of {', '.join(ALLOCATIONS)}")
-        if self.allocate == "measured" and self.energy is not None:
-            raise OptionError("--allocate measured and --energy both decide each layer's rank; give one of them")
+        for name, value in (("--energy", self.energy), ("--ranks", self.ranks)):
+            if self.allocate == "measured" and value is not None:
+                raise OptionError(f"--allocate measured and {name} both decide each layer's rank; give one of them")
         if self.refine < 0:
             raise OptionError(f"--refine {self.refine}: a number of steps")
         for name, value in (("--allocate measured", self.allocate == "measured"), ("--refine", self.refine)):
@@ -101,16 +107,23 @@ class ConvertOptions:
 
     @property
     def label(self) -> str:
-        """A word for file names: `r128`, `e0.95`, `x0.5` or `98MB`."""
+        """A word for file names: `r128`, `e0.95`, `x0.5`, `98MB` or `ranks`."""
         for letter, value in (("r", self.rank), ("e", self.energy), ("x", self.ratio)):
             if value is not None:
                 return f"{letter}{value:g}"
-        assert self.target_size is not None
+        if self.target_size is None:
+            return "ranks"
         return f"{self.target_size / 1e6:g}MB"
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the result, for the provenance: not where it ran, and not what calibration records itself."""
-        left_out = {"device", "max_memory", "bf16", *([] if self.calibration else ["allocate", "refine", "refit"])}
+        """What decides the result, for the provenance: not where it ran, and not what calibration or layers record."""
+        left_out = {
+            "device",
+            "max_memory",
+            "bf16",
+            "ranks",
+            *([] if self.calibration else ["allocate", "refine", "refit"]),
+        }
         return {
             key: value
             for key, value in asdict(self).items()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from sctconv.errors import OptionError
 from sctconv.formats.checkpoint import TensorInfo
 from sctconv.formats.dtypes import FLOATS, numpy_dtype
+from sctconv.formats.reader import SctFile, is_sct
 from sctconv.runtime.skeleton import linear_layers
 from sctconv.sources.weights import DenseModel
 
@@ -143,10 +147,15 @@ def make_plan(model: DenseModel, options: ConvertOptions, *, must_shrink: bool =
             layer = replace(layer, reason=reason)
         elif options.rank is not None:
             layer = layer.with_rank(options.rank, must_shrink=must_shrink)
+        elif options.ranks is not None:
+            rank = options.ranks.get(layer.name)
+            layer = replace(layer, reason="--ranks gives it none") if rank is None else layer.with_rank(rank)
         elif options.ratio is not None:
             # as many parameters as the share allows, which always shrinks
             layer = layer.with_rank(max(1, int(options.ratio * layer.out * layer.in_ / (layer.out + layer.in_ + 1))))
         layers[weight] = layer
+    if options.ranks is not None:
+        _check_ranks(options.ranks, layers.values(), options)
     _check_rank(list(layers.values()), options)
     dtype = STORAGE_DTYPES[options.dtype] if options.dtype else None
     files = sum(len(data) for data in model.source.files.values())
@@ -219,6 +228,36 @@ def _must_stay(model: DenseModel, weight: str) -> str | None:
         return "not in the checkpoint"
     dtype = model.tensors[weight].dtype
     return None if dtype in FLOATS else f"stored as {dtype}"
+
+
+def read_ranks(path: str | os.PathLike[str]) -> dict[str, int]:
+    """The ranks of another conversion: of a .sct file, or of what `sctconv convert --json` printed, dry or not.
+
+    Raises:
+        OptionError: the file has none. OSError: it cannot be read. FormatError: the .sct file is damaged.
+    """
+    if is_sct(path):
+        with SctFile(path) as file:
+            return {record.name: record.rank for record in file.index.layers.values()}
+    try:
+        layers = json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
+        ranks = {str(layer["name"]): layer["rank"] for layer in layers if layer["rank"] is not None}
+    except (ValueError, KeyError, TypeError):
+        ranks = {}
+    if not ranks or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+        raise OptionError(f"--ranks {path}: neither a .sct file nor what `sctconv convert --json` prints")
+    return ranks
+
+
+def _check_ranks(ranks: Mapping[str, int], layers: Iterable[LayerPlan], options: ConvertOptions) -> None:
+    """Refuses ranks of another model or selection, and any that would not shrink their layer."""
+    selected = {layer.name: layer for layer in layers}
+    strange = next((name for name in ranks if name not in selected), None)
+    if strange is not None:
+        raise OptionError(f"--ranks: {strange} is not among the {len(selected)} layers of --modules {options.modules}")
+    refused = next((layer for name, layer in selected.items() if name in ranks and layer.rank is None), None)
+    if refused is not None:
+        raise OptionError(f"--ranks: {refused.name} cannot have rank {ranks[refused.name]}: {refused.reason}")
 
 
 def _check_rank(layers: list[LayerPlan], options: ConvertOptions) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import sctconv
 from sctconv import SctFile
+from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert, make_plan
+from sctconv.convert.plan import read_ranks
 from sctconv.errors import OptionError
 from sctconv.formats.checkpoint import read_tensor
 from sctconv.formats.errors import OutputError
@@ -126,6 +129,40 @@ def test_energy_keeps_at_least_that_share_with_the_least_rank(source: Path) -> N
             assert share[record.rank - 1] >= 0.6 - 1e-9 and (record.rank == 1 or share[record.rank - 2] < 0.6)
 
 
+def test_ranks_of_another_conversion_or_of_a_plan_are_taken(source: Path, tmp_path: Path) -> None:
+    first = _run(source, energy=0.5, modules="all")
+    ranks = read_ranks(first)
+    assert len(set(ranks.values())) > 1
+    second = _run(source, "again.sct", ranks=ranks, modules="all")
+    assert read_ranks(second) == ranks
+    printed = CliRunner().invoke(main, ["convert", str(source), "--data-free", "--rank", "5", "--dry-run", "--json"])
+    (tmp_path / "plan.json").write_text(printed.stdout)
+    args = [
+        "convert",
+        str(source),
+        "--data-free",
+        "--ranks",
+        str(tmp_path / "plan.json"),
+        "-o",
+        str(tmp_path / "p.sct"),
+    ]
+    assert CliRunner().invoke(main, args).exit_code == 0
+    assert set(read_ranks(tmp_path / "p.sct").values()) == {5}
+    some = dict(list(ranks.items())[:2])
+    with SctFile(_run(source, "some.sct", ranks=some, modules="all")) as file:
+        assert set(file.index.layers) == set(some)
+        assert {item["reason"] for item in file.index.metadata["dense_layers"]} == {"--ranks gives it none"}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"layers": 3}', '{"layers": [{"name": "a", "rank": "b"}]}', '{"layers": []}']
+)
+def test_a_file_without_ranks_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(OptionError, match=r"r.json: neither a .sct file nor what"):
+        read_ranks(tmp_path / "r.json")
+
+
 def test_what_would_not_shrink_stays_dense_and_is_listed(source: Path) -> None:
     output = source.parent / "out.sct"
     report = convert(str(source), output, ConvertOptions(rank=18, modules="all"))
@@ -235,7 +272,7 @@ def test_too_little_space_is_said_before_any_work(source: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of --rank, --energy, --ratio and --target-size; found none"),
+        ({}, "exactly one of --rank, --energy, --ratio, --target-size and --ranks; found none"),
         ({"rank": 4, "energy": 0.5}, "found --rank and --energy"),
         ({"rank": 0}, "--rank 0"),
         ({"energy": 1.0}, "--energy 1"),
@@ -244,6 +281,9 @@ def test_too_little_space_is_said_before_any_work(source: Path, monkeypatch: pyt
         ({"rank": 4, "modules": "nothing_like_it"}, "matches none of the 15 linear layers"),
         ({"rank": 33}, "beyond min"),
         ({"rank": 30}, "would shrink none of the 6 selected layers; the largest rank that does is 21"),
+        ({"ranks": {"lm_head": 4}}, "--ranks: lm_head is not among the 6 layers of --modules mlp"),
+        ({"ranks": {"model.layers.0.mlp.up_proj": 30}}, "up_proj cannot have rank 30: rank 30 would not shrink it"),
+        ({"ranks": {}, "rank": 4}, "found --rank and --ranks"),
         ({"rank": 4, "dtype": "int3"}, "--dtype int3"),
         ({"rank": 4, "device": "warp:9"}, "--device warp:9: not usable here"),
     ],

@@ -64,7 +64,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(taught: bool, fact
 
 def test_the_last_is_kept_beside_the_best(factored: Path, tmp_path: Path) -> None:
     files = Files(factored, tmp_path / "n.sct")
-    summary = run(files, _text(factored), quick(steps=40, angle=1.5, singular_rate=1.0, rate=0.5, eval_every=1, patience=2))
+    summary = run(
+        files, _text(factored), quick(steps=40, angle=1.5, singular_rate=1.0, rate=0.5, eval_every=1, patience=2)
+    )
     assert summary["best_step"] + 2 == summary["steps"] < 40 and summary["last"] == str(files.last)
     verify(files.output)
     verify(files.last)
