@@ -115,8 +115,8 @@ def restore(
                 if name in tensors:
                     place.copy_(mapped_tensor(file, tensors[name]))
             for name, layer in _layers(model):
-                if (entry := tensors.get(f"{_MOMENTS}order.{name}")) is not None:
-                    _disorder_(layer, mapped_tensor(file, entry))
+                if f"{_MOMENTS}order.{name}" in tensors:
+                    _disorder_(layer, mapped_tensor(file, tensors[f"{_MOMENTS}order.{name}"]))
         for name, parameter in _trained(model, state):
             moments = {
                 key: mapped_tensor(file, tensors[f"{_MOMENTS}{kind}.{name}"]).clone().to(parameter.device)
@@ -142,10 +142,10 @@ def _write(
     orders: dict[str, Tensor] = {}
     for name, layer in _layers(model):
         if state is None:
-            factors = absorbed(layer.U, layer.s, layer.V)[:3]
+            U, s, V, _ = absorbed(layer.U, layer.s, layer.V)
         else:
-            *factors, orders[name] = _ordered(layer)
-        places |= {f"{name}.{letter}": factor for letter, factor in zip("UsV", factors, strict=True)}
+            U, s, V, orders[name] = _ordered(layer)
+        places |= {f"{name}.U": U, f"{name}.s": s, f"{name}.V": V}
     index = source.index
     with SctWriter(path, overwrite=overwrite, metadata={**index.metadata, **metadata}, extra=index.extra) as out:
         for entry in index.tensors.values():
@@ -158,8 +158,7 @@ def _write(
         for name, order in orders.items():
             out.add_tensor(f"{_MOMENTS}order.{name}", to_numpy(order))
         for record in index.layers.values():
-            layer = model.get_submodule(record.name)
-            if any(parameter.requires_grad for parameter in layer.parameters()):
+            if any(parameter.requires_grad for parameter in model.get_submodule(record.name).parameters()):
                 record = replace(record, energy=None, error=None, extra={})
             out.add_layer(replace(record, dtype="F32") if state else record)
         for name, file in index.files.items():

@@ -175,7 +175,7 @@ def test_the_trainer_of_transformers_with_a_callback(factored: Path, tmp_path: P
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for callbacks, near in (([], False), ([RetractionCallback()], True)):
         trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=rows, callbacks=callbacks  # type: ignore[arg-type]
+            model=model, args=arguments, train_dataset=rows, callbacks=callbacks
         )  # fmt: skip
         trainer.train()
         assert (drift(model) < 1e-5) == near
