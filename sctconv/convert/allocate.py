@@ -29,6 +29,7 @@ from .budget import MemoryPlan
 from .calibration import Calibration
 from .decoder import Decoder
 from .fit import Moments, Root, closed_form
+from .metric import Metric
 from .plan import LayerPlan, Plan
 from .states import States
 from .student import replace_
@@ -93,7 +94,7 @@ def allocate(
     plan: Plan,
     texts: Calibration,
     memory: MemoryPlan,
-    metrics: Mapping[str, Tensor],
+    metrics: Mapping[str, Metric],
     *,
     progress: Progress | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
@@ -104,7 +105,7 @@ def allocate(
         plan: says which layers, how many parameters in all, and the reference ranks.
         texts: calibration windows.
         memory: how much may be held at once.
-        metrics: layer -> what its outputs count; see `metric`.
+        metrics: layer -> what errors of its outputs cost.
         progress: called with the share of the work done and a word on it.
 
     Returns:
@@ -161,7 +162,7 @@ def measure(
     layers: Mapping[str, LayerPlan],
     texts: Calibration,
     memory: MemoryPlan,
-    metrics: Mapping[str, Tensor],
+    metrics: Mapping[str, Metric],
     *,
     progress: Progress,
 ) -> dict[str, Sensitivity]:
@@ -188,8 +189,9 @@ def measure(
                 W, rank = block.weight(name), layers[path].rank
                 assert rank is not None
                 root = Root.of(K)
-                metric = metrics.get(path, torch.ones(len(W), dtype=torch.float64))
-                energy = singular_values(metric[:, None] * (W.double() @ root.L)).square()
+                metric = metrics.get(path)
+                outputs = W.double() @ root.L
+                energy = singular_values(metric.apply(outputs) if metric else outputs).square()
                 tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
                 tails[path] = rank, tail, place / max(1, len(decoder) - 1)
                 fit = closed_form(Moments(K, K, yy, 1, W=W), rank, prior=W, root=root, metric=metric)

@@ -21,7 +21,7 @@ from .budget import plan_memory
 from .calibration import Calibration, CalibrationError, load_calibration
 from .decoder import Decoder
 from .fit import DenseFit, Fit
-from .metric import output_metric
+from .gradients import output_metrics
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, is_fittable
 from .refine import BLOCK_STEPS, STEP_WINDOWS, model_bytes, tune_model
@@ -100,7 +100,7 @@ class Calibrated:
             "sweep": float(tokens),
             "tuning": 4.0 * options.refine * STEP_WINDOWS * texts.context if self._tunes_model else 0.0,
         }
-        metrics = output_metric(decoder, batches, self.memory, progress=self._stage("metric"))
+        metrics = output_metrics(decoder, batches, self.memory, progress=self._stage("metric"))
         self.plan, self._allocation = plan, None
         if options.allocate == "measured":
             stage = self._stage("allocation")

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from sctconv.runtime.linalg import EXACT_SIDE, rank_for_energy, singular_values, truncated_svd
 
+from .metric import Metric
+
 RIDGE: Final = 0.03
 """The ridge as a share of K's mean eigenvalue."""
 
@@ -126,7 +128,7 @@ def closed_form(
     *,
     prior: Tensor | None = None,
     root: Root | None = None,
-    metric: Tensor | None = None,
+    metric: Metric | None = None,
 ) -> Fit:
     """The best factors of a rank for some moments.
 
@@ -135,7 +137,7 @@ def closed_form(
         rank: k, 1 <= k <= min(m, n).
         prior: W (m, n) to be pulled towards; None for no pull.
         root: of `moments.centred().K` with the ridge; made here where it is not given.
-        metric: d (m,) > 0: what is minimised is `sum |diag(d) (y - W' x~)|^2`; None for ones.
+        metric: C: what is minimised is `sum |C (y - W' x~)|^2`; None for the identity.
 
     Raises:
         ValueError: the rank does not fit.
@@ -147,7 +149,7 @@ def closed_form(
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} does not fit a layer of {m} x {n}")
     if metric is not None:
-        M = M * metric[:, None].to(M.dtype)
+        M = metric.apply(M)
     if min(m, n) > EXACT_SIDE:
         svd = truncated_svd(M, rank)
         A, B = svd.U.double(), svd.V.double() * svd.s.double()
@@ -157,7 +159,7 @@ def closed_form(
     else:
         B = torch.linalg.eigh(M.T @ M).eigenvectors[:, -rank:]
         A = M @ B
-    A = A if metric is None else A / metric[:, None]
+    A = A if metric is None else metric.solve(A)
     U, s, V = sct_form(A, torch.linalg.solve_triangular(root.L.T, B, upper=True))
     bias = None
     if moments.mean_x is not None and moments.mean_y is not None:
@@ -207,15 +209,15 @@ def closed_form_dual_bytes(m: int, n: int, tokens: int) -> int:
 
 
 def rank_by_output_energy(
-    moments: Moments, energy: float, *, prior: Tensor, root: Root, metric: Tensor | None = None
+    moments: Moments, energy: float, *, prior: Tensor, root: Root, metric: Metric | None = None
 ) -> int:
-    """The least rank whose whitened factors keep a share of ||D M||_F^2, that is, of the outputs' weighted energy."""
+    """The least rank whose whitened factors keep a share of ||C M||_F^2, that is, of the outputs' weighted energy."""
     M = _whitened(moments.centred(), prior, root)
-    return rank_for_energy(singular_values(M if metric is None else M * metric[:, None].to(M.dtype)), energy)
+    return rank_for_energy(singular_values(M if metric is None else metric.apply(M)), energy)
 
 
 def closed_form_dual(
-    x: Tensor, y: Tensor, rank: int, *, prior: Tensor, ridge: float = RIDGE, metric: Tensor | None = None
+    x: Tensor, y: Tensor, rank: int, *, prior: Tensor, ridge: float = RIDGE, metric: Metric | None = None
 ) -> Fit:
     """`closed_form` of a layer without bias, from tokens in place of moments: no matrix is n x n.
 
@@ -254,14 +256,13 @@ def closed_form_dual(
         part = prior[:, block].double().addmm_(alpha.T, x[:, block].double())
         gram.addmm_(part, part.T, alpha=r)
         full[:, block] = part.float()
-    d = torch.ones(m, 1, dtype=torch.float64) if metric is None else metric[:, None].double()
-    gram.mul_(d).mul_(d.T)
+    gram = gram if metric is None else metric.apply(metric.apply(gram).T)
     if m > EXACT_SIDE:
         Q = truncated_svd(gram, rank, tolerance=1e-6).U.double()
     else:
         Q = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
-    B = torch.cat([full[:, block].T.double() @ (d * Q) for block in columns])
-    U, s, V = sct_form(Q / d, B)
+    A, CtQ = (Q, Q) if metric is None else (metric.solve(Q), metric.apply_transposed(Q))
+    U, s, V = sct_form(A, torch.cat([full[:, block].T.double() @ CtQ for block in columns]))
     lost = sum(
         float((y - (part.double() @ V * s) @ U.T).square().sum())
         for part, y in zip(x.split(_ROWS), target.split(_ROWS), strict=True)

@@ -25,6 +25,7 @@ from .budget import MemoryPlan
 from .calibration import Calibration
 from .decoder import Decoder
 from .fit import DenseFit, Fit, Moments, Root, closed_form, closed_form_dense, closed_form_dual, rank_by_output_energy
+from .metric import Metric
 from .refine import tune_block_
 from .states import States
 from .student import fits_of, replace_
@@ -72,7 +73,7 @@ class Sweep:
         energies: layer -> share of the output's energy that decides its rank, where that is what decides.
         calibration: windows to fit on and to measure on.
         memory: how much may be held at once.
-        metrics: layer -> what its outputs count; see `metric`.
+        metrics: layer -> what errors of its outputs cost.
         refine: steps of gradient descent on each block after its closed forms.
         progress: called after each batch with the share of the work that is done and a word on what is being done.
     """
@@ -85,7 +86,7 @@ class Sweep:
         memory: MemoryPlan,
         *,
         energies: Mapping[str, float] | None = None,
-        metrics: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         refine: int = 0,
         progress: Callable[[float, str], None] | None = None,
     ) -> None:
@@ -291,7 +292,7 @@ class _Sums:
         self.yy += float(y.double().square().sum())
         self.count += len(x)
 
-    def fit_tokens(self, layer: _Layer, rank: int, metric: Tensor | None, *, through: bool) -> Fit:
+    def fit_tokens(self, layer: _Layer, rank: int, metric: Metric | None, *, through: bool) -> Fit:
         """The closed form from the tokens themselves, of W y where y is another input of the layer. Its bias stays."""
         x, y = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
         if through:

@@ -1,16 +1,18 @@
 """Perplexity of a converted model by how its factors were chosen, on WikiText-2 and on another domain.
 
-    python -m tests.benchmarks.quality [--rows NAME ...] [--tokens 131072]
+    python -m tests.benchmarks.quality [--rows NAME ...] [--tokens 131072] [--keep DIRECTORY]
 
 SmolLM2-135M-Instruct, MLP layers, the first 8192 tokens of WikiText-2 test and of Grimm's tales at context 512; calibrated
 on WikiText-2 valid, or on that and the tales from their 8193rd token on in equal shares; nothing is fitted on what it is
 measured on. `plain` is the SVD of each weight, `whitened` SVD-LLM's form in one forward sweep on the student's inputs, the
-rest is `sctconv convert`. One call, one table; a row that needs an hour says so by the time it takes.
+rest is `sctconv convert`. One call, one table; ranks are measured once for each text (`sctconv convert --dry-run
+--allocate measured --json`) and taken by all rows that want them (`--ranks`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from sctconv.convert.budget import MemoryPlan
 from sctconv.convert.calibrated import read_texts
 from sctconv.convert.decoder import Decoder
 from sctconv.convert.fit import DenseFit, Fit, Moments, Root, closed_form
+from sctconv.convert.pipeline import plan_conversion
 from sctconv.convert.states import States
 from sctconv.convert.student import replace_
 from sctconv.convert.sweep import Sweep
@@ -82,14 +85,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--keep", type=Path, help="leave the converted files here")
     arguments = parser.parse_args()
     header("Perplexity by how the factors were chosen")
     print(f"{arguments.tokens} calibration tokens, seed 0")
     print(f"{'':34}{'WikiText-2':>14}{'Grimm':>14}{'factored':>10}{'seconds':>9}", flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        measure = _measures(Path(directory))
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = arguments.keep or Path(temporary)
+        directory.mkdir(exist_ok=True)
+        measure = _measures(directory)
         for row in arguments.rows:
-            _row(row, Path(directory), arguments.tokens, measure)
+            _row(row, directory, arguments.tokens, measure)
 
 
 def _measures(directory: Path) -> Callable[[Any], list[float]]:
@@ -116,11 +122,26 @@ def _row(row: str, directory: Path, tokens: int, measure: Callable[[Any], list[f
             *([str(directory / "tales.txt")] if settings.pop("mixed", False) else []),
         )
         options = ConvertOptions(**{"calibration": texts, "calibration_tokens": tokens, **settings})
+        if options.allocate == "measured":
+            options = replace(options, rank=None, allocate="uniform", ranks=_measured_ranks(options))
+            start = time.perf_counter()
         make = _whitened if row.startswith("whitened") else _converted
-        model, factored = make(source, options, directory / "o.sct")
+        model, factored = make(source, options, directory / f"{row.replace(',', '').replace(' ', '-')}.sct")
     seconds = time.perf_counter() - start
     figures = "".join(f"{value:>14.2f}" if value < 1e5 else f"{value:>14.3g}" for value in measure(model))
     print(f"{row:34}{figures}{factored / 1e6:>9.2f}M{seconds:>9.0f}", flush=True)
+
+
+@functools.cache
+def _ranks(options: ConvertOptions) -> dict[str, int]:
+    start = time.perf_counter()
+    plan = plan_conversion(open_source(str(real_gguf())), options)
+    print(f"{'(measuring ranks)':72}{time.perf_counter() - start:>9.0f}", flush=True)
+    return {layer.name: layer.rank for layer in plan.layers.values() if layer.rank}
+
+
+def _measured_ranks(options: ConvertOptions) -> dict[str, int]:
+    return _ranks(replace(options, refine=0))
 
 
 def _converted(source: Any, options: ConvertOptions, path: Path) -> tuple[Any, int]:
