@@ -28,6 +28,7 @@ class MemoryPlan:
         dual_tokens: how many tokens the closed form takes for a layer with more inputs.
         estimate: bytes that the sweep is expected to take at most.
         limit: bytes that it may take.
+        bf16: whether blocks multiply in bfloat16 on text that is fitted on; what is measured is float32 all the same.
     """
 
     batch: int = 4
@@ -36,13 +37,17 @@ class MemoryPlan:
     dual_tokens: int = 0
     estimate: int = 0
     limit: int = 0
+    bf16: bool = False
 
 
-def plan_memory(decoder: Decoder, tokens: int, context: int, *, limit: int | None, directory: Path) -> MemoryPlan:
+def plan_memory(
+    decoder: Decoder, tokens: int, context: int, *, limit: int | None, directory: Path, bf16: bool = False
+) -> MemoryPlan:
     """Makes a sweep fit into a limit.
 
     Counted are what the process has already, the largest block in float32, one layer's closed form, a batch of
-    activations, and the hidden states where they stay in memory. All hidden states are spilled or none.
+    activations, and the hidden states where they stay in memory. All hidden states are spilled or none. Products in bfloat16
+    take a copy of the block in it, and are done without where there is no room.
 
     Args:
         decoder: the model.
@@ -50,6 +55,7 @@ def plan_memory(decoder: Decoder, tokens: int, context: int, *, limit: int | Non
         context: tokens in a window.
         limit: bytes of resident memory; None for three quarters of the machine's.
         directory: where hidden states go that do not fit.
+        bf16: whether bfloat16 is wanted.
 
     Raises:
         OptionError: not even the smallest choice fits.
@@ -77,13 +83,17 @@ def plan_memory(decoder: Decoder, tokens: int, context: int, *, limit: int | Non
         if need > left or (large and dual_tokens < min(tokens, context)):
             continue
         fits = need + states <= left
+        need += states if fits else 0
+        bf16 = bf16 and need + decoder.block_bytes // 2 <= left
+        need += decoder.block_bytes // 2 if bf16 else 0
         return MemoryPlan(
             batch,
             None if fits else directory,
             max(small, default=0),
             dual_tokens,
-            base + batch_bytes(batch) + need + (states if fits else 0),
+            base + batch_bytes(batch) + need,
             limit,
+            bf16,
         )
     least = (
         base

@@ -79,12 +79,13 @@ class Calibrated:
     ) -> None:
         self._model, self._options, self._shapes = model, options, linear_layers(model.skeleton)
         self._texts = texts = read_texts(model, options)
-        device = torch.device(options.device)
-        self._bf16 = has_fast_bf16(device) if options.bf16 is None else options.bf16
         self._progress = progress
         decoder = self._decoder(plan)
         tokens = texts.fit.numel() + texts.held_out.numel()
-        self.memory = plan_memory(decoder, tokens, texts.context, limit=options.max_memory, directory=directory)
+        bf16 = has_fast_bf16(decoder.device) if options.bf16 is None else options.bf16
+        self.memory = plan_memory(
+            decoder, tokens, texts.context, limit=options.max_memory, directory=directory, bf16=bf16
+        )
         widest = max(n for _, n in decoder.shapes)
         if options.energy and widest > self.memory.gram_side:
             raise OptionError(
@@ -133,7 +134,7 @@ class Calibrated:
         names = [layer.name for layer in _planned(plan)]
         others = [name for name in self._shapes if name not in names and is_fittable(self._model, name)]
         others = others if self._options.refit else []
-        return Decoder(self._model, names, others, device=self._options.device, bf16=self._bf16)
+        return Decoder(self._model, names, others, device=self._options.device)
 
     def _stage(self, stage: str) -> Callable[[float, str], None]:
         """Turns the progress of a stage into that of the whole."""
@@ -181,7 +182,7 @@ class Calibrated:
             self._texts,
             self._options.refine,
             device=self._options.device,
-            bf16=self._bf16,
+            bf16=self.memory.bf16,
             progress=self._stage("tuning"),
         )
         self._tuning, self._tuned_loss = tuned.losses, tuned.loss
@@ -214,7 +215,7 @@ class Calibrated:
         facts: dict[str, Any] = {
             "calibration": [{"source": source, "tokens": tokens} for source, tokens in self._texts.sources],
             "calibration_context": self._texts.context,
-            "bf16": self._bf16,
+            "bf16": self.memory.bf16,
             "refitted_dense_layers": len(self.dense),
             "held_out": {
                 "tokens": self._texts.held_out.numel(),

@@ -38,7 +38,6 @@ class Decoder:
         layers: paths of the layers to be factored; `layers` keeps those within the blocks.
         others: paths of further layers to be looked for in the blocks; `others` keeps those within.
         device: where blocks are run.
-        bf16: whether products may be bfloat16 where a block runs on text that is fitted on; what is measured is float32.
 
     Raises:
         OptionError: none of `layers` is in a block.
@@ -51,12 +50,10 @@ class Decoder:
         others: Sequence[str] = (),
         *,
         device: torch.device | str = "cpu",
-        bf16: bool = False,
     ) -> None:
         self._dense = model
         self._skeleton = model.skeleton
         self.device: Final = torch.device(device)
-        self.bf16: Final = bf16
         lists = [name for name, module in self._skeleton.named_modules() if isinstance(module, nn.ModuleList)]
         held = {name: [layer for layer in layers if layer.startswith(f"{name}.")] for name in lists}
         # an inner list (of experts) holds fewer; of two that hold the same, the outer one is the shorter path

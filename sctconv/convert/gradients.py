@@ -42,7 +42,7 @@ def output_metrics(
     with torch.no_grad():
         for place in range(blocks):
             block = decoder.block(place, None)
-            after = (block.run(state.to(decoder.device), bf16=decoder.bf16) for state in states[-1])
+            after = (block.run(state.to(decoder.device), bf16=memory.bf16) for state in states[-1])
             states.append(States.of(after, len(batches), memory.spill))
             report((place + 1) / (3 * blocks), block.name)
             del block, after  # before the next is loaded
@@ -59,7 +59,7 @@ def output_metrics(
             for number, state in enumerate(before):
                 with torch.enable_grad():
                     state = state.to(decoder.device).requires_grad_()
-                    block.run(state, bf16=decoder.bf16).backward(gradients[number].to(decoder.device))
+                    block.run(state, bf16=memory.bf16).backward(gradients[number].to(decoder.device))
                 assert state.grad is not None
                 gradients[number] = state.grad
         for name in list(moments):

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from sctconv.runtime.linalg import EXACT_SIDE, truncated_svd
 
+RIDGE: Final = 0.1
+"""Share of F's mean diagonal that is added to all of it: the few thousand tokens do not know what never matters."""
+
 CLAMP: Final = 100.0
-"""d lies between 1/CLAMP and CLAMP times its root mean square."""
+"""d is at most this many times its root mean square."""
 
 DIRECTIONS: Final = 128
 """r, at most, and at most half of m."""
@@ -50,15 +53,16 @@ class Metric:
     def of(cls, moments: Tensor) -> Metric | None:
         """Of sum g g^T (m, m) float64, or of its diagonal (m,); None where there is no gradient. `moments` is overwritten."""
         squares = moments.diagonal() if moments.ndim == 2 else moments
-        scale = float(squares.mean().sqrt())
-        if not scale > 0.0:
+        mean = float(squares.mean())
+        if not mean > 0.0:
             return None
-        d = (squares.sqrt() / scale).clamp(1.0 / CLAMP, CLAMP)
+        squares += RIDGE * mean
+        d = (squares / mean).sqrt().clamp_max(CLAMP)
         m = len(d)
         if moments.ndim == 1 or m < 2:
             return cls(d, torch.zeros(m, 0, device=d.device), d.new_zeros(0))
         r = min(DIRECTIONS, m // 2)
-        F = moments.div_(scale**2).div_(d[:, None]).div_(d[None, :])
+        F = moments.div_(mean).div_(d[:, None]).div_(d[None, :])
         trace = float(F.diagonal().sum())
         if m > EXACT_SIDE:
             svd = truncated_svd(F, r)  # of a positive semidefinite matrix: its eigenvectors and eigenvalues

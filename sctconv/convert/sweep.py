@@ -152,7 +152,7 @@ class Sweep:
 
     def _is_fast(self, number: int) -> bool:
         """What the held-out windows say is what the file gives: they never go through bfloat16."""
-        return self._decoder.bf16 and bool(self._is_fit[number].all())
+        return self._memory.bf16 and bool(self._is_fit[number].all())
 
     def _teach(self, block: Block, states: States) -> _Teacher:
         """Runs the dense block on the teacher's states, in place, and keeps what the student's layers aim at."""

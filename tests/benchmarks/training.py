@@ -1,8 +1,8 @@
 """Perplexity after training, by start, optimiser and loss: same data, seed and token budget in every row.
 
-    python -m tests.benchmarks.training [--steps 100] [--rows NAME ...] [--start FITTED.sct]
+    python -m tests.benchmarks.training [--steps 100 300] [--ablation] [--rows NAME ...] [--start FITTED.sct]
 
-SmolLM2-135M-Instruct, MLP layers at rank 128, trained on WikiText-2 valid in steps of 4 x 512 tokens, measured on the first
+SmolLM2-135M-Instruct, MLP layers at rank 128, trained on WikiText-2 valid in steps of 4 x 256 tokens, measured on the first
 8192 tokens of WikiText-2 test (and of Grimm's tales, where forgetting shows) at context 512. `plain` starts from the SVD of
 each weight, `calibrated` from `sctconv convert --rank 128 --calibration-tokens 32768`. The paper's optimiser is AdamW at 5e-4
 on everything with QR after each step; ours is the default of `sctconv train`.
@@ -11,9 +11,9 @@ on everything with QR after each step; ours is the default of `sctconv train`.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 import sctconv
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.evaluate import perplexity
-from sctconv.runtime.train import ModelTeacher, TrainOptions, load_data, train
+from sctconv.runtime.precision import has_fast_bf16
+from sctconv.runtime.train import ModelTeacher, Progress, TrainOptions, TrainState, load_data, train
 from sctconv.sources import open_source
 from sctconv.sources.model import load_dense
 from tests.benchmarks.measure import header
@@ -31,76 +32,113 @@ from tests.models import WIKITEXT, real_gguf
 _VALID = WIKITEXT.with_name("valid.txt")
 _TALES = WIKITEXT.parent.parent / "grimm" / "tales.txt"
 _PAPER: dict[str, Any] = {"optimizer": "adamw", "rate": 5e-4, "norm_rate": 5e-4, "embedding_rate": 5e-4}
+_ADAMW: dict[str, Any] = {"optimizer": "adamw", "rate": 1e-4, "norm_rate": 1e-4}
 
-ROWS: dict[str, tuple[str, dict[str, Any], bool]] = {
+Row = tuple[str, dict[str, Any], bool]
+"""Start, options, whether the dense model teaches."""
+
+MAIN: dict[str, Row] = {
     "plain, paper": ("plain", _PAPER, False),
     "calibrated, paper": ("calibrated", _PAPER, False),
-    "calibrated, AdamW 1e-4": ("calibrated", {"optimizer": "adamw", "rate": 1e-4, "norm_rate": 1e-4}, False),
     "calibrated, ours": ("calibrated", {}, False),
     "calibrated, ours distilled": ("calibrated", {}, True),
 }
-"""Name -> start, options, whether the dense model teaches."""
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "AdamW 1e-4, qr": _ADAMW,
+    "AdamW 1e-4, absorb": {**_ADAMW, "retraction": "absorb"},
+    "AdamW 1e-4, polar": {**_ADAMW, "retraction": "polar"},
+    "AdamW 1e-4, qr every 10 steps": {**_ADAMW, "retract_every": 10},
+    "AdamW 1e-4, qr at the end": {**_ADAMW, "retraction": "none"},
+    "ours": {},
+    "ours, absorb": {"retraction": "absorb"},
+    "ours, polar": {"retraction": "polar"},
+    "ours, qr at the end": {"retraction": "none"},
+    **{
+        f"ours, {name} x {by:g}": {name: by}
+        for name in ("angle", "singular_rate", "rate", "norm_rate")
+        for by in (0.0, 1 / 3, 3.0)
+    },
+    "ours, embeddings 1e-5": {"embedding_rate": 1e-5},
+}
+_DEFAULTS = TrainOptions()
+ABLATION: dict[str, Row] = {
+    name: (
+        "calibrated",
+        {key: getattr(_DEFAULTS, key) * value if " x " in name else value for key, value in changes.items()},
+        False,
+    )
+    for name, changes in _VARIANTS.items()
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--steps", type=int, nargs="*", default=[100, 300])
+    parser.add_argument("--ablation", action="store_true", help="retractions and rates in place of starts and losses")
+    parser.add_argument("--rows", nargs="*", metavar="NAME", help="some of the rows")
     parser.add_argument("--start", type=Path, help="a calibrated start that was converted already")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of our rows")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other options for our rows")
     arguments = parser.parse_args()
-    changes = {name: float(value) for name, value in (item.split("=") for item in arguments.set)}
-    header(f"training for {arguments.steps} steps of 2048 tokens, seed 0, {changes or 'default rates'}")
+    table = ABLATION if arguments.ablation else MAIN
+    changes = {name: _value(value) for name, value in (item.split("=") for item in arguments.set)}
+    header(f"training in steps of 4 x 256 tokens, seed 0, {changes or 'default rates'}")
     with tempfile.TemporaryDirectory() as directory:
         starts = {
             "plain": Path(directory) / "plain.sct",
             "calibrated": arguments.start or Path(directory) / "fitted.sct",
         }
-        wanted = {ROWS[row][0] for row in arguments.rows}
+        rows = {name: table[name] for name in arguments.rows or table}
+        wanted = {start for start, _, _ in rows.values()}
         for kind, path in starts.items():
             if kind in wanted and not path.exists():
                 texts = (str(_VALID),) if kind == "calibrated" else ()
                 convert(str(real_gguf()), path, ConvertOptions(rank=128, calibration=texts, calibration_tokens=32768))
-        print(f"{'':30}{'steps':>6}{'WikiText-2':>12}{'Grimm':>12}{'s a step':>10}", flush=True)
-        for row in arguments.rows:
-            _row(row, starts[ROWS[row][0]], arguments.steps, changes)
+        print(f"{'':32}{'steps':>6}{'WikiText-2':>12}{'Grimm':>12}{'s a step':>10}", flush=True)
+        for name, (start, settings, taught) in rows.items():
+            settings = {**settings, **(changes if "paper" not in name else {})}
+            for steps in arguments.steps:
+                _row(name, starts[start], steps, settings, taught)
 
 
-def _row(row: str, start: Path, steps: int, changes: dict[str, float]) -> None:
-    _, settings, taught = ROWS[row]
-    settings = settings if settings else changes
-    options = TrainOptions(steps=steps, context=512, eval_every=0, bf16=_has_bf16(), **settings)
+def _value(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _row(name: str, start: Path, steps: int, settings: dict[str, Any], taught: bool) -> None:
+    options = TrainOptions(
+        steps=steps, batch=4, micro_batch=4, context=256, held_out=0.02, eval_every=max(1, steps // 4), bf16=_has_bf16(), **settings
+    )  # fmt: skip
     model, tokenizer = sctconv.load(start, dtype=torch.float32)
     teacher = ModelTeacher(load_dense(open_source(str(real_gguf()))).model) if taught else None
-    data = load_data([str(_VALID)], tokenizer, context=512, held_out=0.02)
+    data = load_data([str(_VALID)], tokenizer, context=options.context, held_out=options.held_out)
     ids = [tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids[:8192] for path in (WIKITEXT, _TALES)]
+    looks: list[float] = []
+
+    def best(state: TrainState) -> None:
+        if state.step == 0:
+            looks.append(state.best)
+
+    def step(done: Progress) -> None:
+        if done.held_out is not None:
+            looks.append(done.held_out)
+
     began = time.perf_counter()
-
-    def show(step: int, seconds: float) -> None:
-        model.eval()
-        figures = "".join(f"{perplexity(model, some).perplexity:>12.5g}" for some in ids)
-        model.train()
-        print(f"{row:30}{step:>6}{figures}{seconds / max(1, step):>10.2f}", flush=True)
-
-    show(0, 0.0)
-    train(model, data, options, teacher=teacher, on_step=_every(max(1, steps // 4), began, show))
-
-
-def _every(count: int, began: float, show: Callable[[int, float], None]) -> Callable[[Any], None]:
-    spent = 0.0
-
-    def step(done: Any) -> None:
-        nonlocal spent
-        if done.step % count == 0:
-            seconds = time.perf_counter() - began - spent
-            show(done.step, seconds)
-            spent = time.perf_counter() - began - seconds
-
-    return step
+    train(model, data, options, teacher=teacher, on_step=step, on_best=best)
+    seconds = (time.perf_counter() - began) / steps
+    figures = "".join(f"{perplexity(model, some).perplexity:>12.5g}" for some in ids)
+    print(f"{name:32}{steps:>6}{figures}{seconds:>10.2f}", flush=True)
+    worst = max(looks[1:], default=math.nan)
+    print(f"{'':32}held-out nats: start {looks[0]:.4f}, worst {worst:.4f}, last {looks[-1]:.4f}", flush=True)
 
 
 def _has_bf16() -> bool:
-    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return has_fast_bf16(torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -206,6 +206,9 @@ def test_a_memory_budget_is_kept_or_refused(tmp_path: Path) -> None:
     assert roomy.batch == 4 and roomy.spill is None and roomy.estimate < roomy.limit
     tight = plan_memory(decoder, 1 << 40, 64, limit=roomy.estimate, directory=tmp_path)
     assert tight.spill == tmp_path and tight.estimate <= tight.limit
+    fast = plan_memory(decoder, 1000, 64, limit=1 << 40, directory=tmp_path, bf16=True)
+    assert fast.bf16 and fast.estimate > roomy.estimate
+    assert not plan_memory(decoder, 1000, 64, limit=roomy.estimate, directory=tmp_path, bf16=True).bf16
 
 
 def test_dense_layers_are_fitted_too_unless_told_not_to(tmp_path: Path) -> None:
