@@ -95,6 +95,7 @@ def train(
     Raises:
         TrainError: a loss that is not finite, or a teacher with another vocabulary.
     """
+    options = options.resolved()
     device = next(model.parameters()).device
     objective = _Objective(model, options, teacher)
     state = state or start(model, options)
@@ -157,6 +158,7 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
     Raises:
         TrainError: nothing is left to train.
     """
+    options = options.resolved()
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter, kind, rate in _kinds(model, options):
         parameter.requires_grad_(rate > 0.0)
@@ -198,7 +200,7 @@ def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Paramet
             else:
                 kind, rate = "plain", options.rate
             wanted = {"all": True, "factors": is_factor, "norms": parameter.ndim == 1 and not is_factor}[options.train]
-            yield parameter, kind, rate if wanted else 0.0
+            yield parameter, kind, (rate if wanted else None) or 0.0
 
 
 class _Objective:

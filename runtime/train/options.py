@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from sctconv.formats.errors import SctError
@@ -17,6 +17,13 @@ OPTIMIZERS: Final = ("spectral", "adamw")
 PARTS: Final = ("all", "factors", "norms")
 
 
+TUNING: Final = {"rate": 1e-4, "angle": 3e-3, "singular_rate": 1e-3, "norm_rate": 1e-4, "embedding_rate": 0.0}
+"""Rates for a model that knows something already: gentle, and its embeddings stay."""
+
+SCRATCH: Final = {"rate": 1e-3, "angle": 0.03, "singular_rate": 0.01, "norm_rate": 1e-3, "embedding_rate": 1e-3}
+"""Rates for a model that `sctconv init` began."""
+
+
 class TrainError(SctError):
     """A training run cannot start or go on."""
 
@@ -24,6 +31,8 @@ class TrainError(SctError):
 @dataclass(frozen=True)
 class TrainOptions:
     """Length, rates and checks of a run.
+
+    Rates that are None become those of `TUNING` or `SCRATCH`, whichever suits the model; see `resolved`.
 
     Attributes:
         steps: of the optimiser.
@@ -63,11 +72,11 @@ class TrainOptions:
     micro_batch: int = 2
     context: int = 512
     optimizer: Literal["spectral", "adamw"] = "spectral"
-    rate: float = 1e-4
-    angle: float = 3e-3
-    singular_rate: float = 1e-3
-    norm_rate: float = 1e-4
-    embedding_rate: float = 0.0
+    rate: float | None = None
+    angle: float | None = None
+    singular_rate: float | None = None
+    norm_rate: float | None = None
+    embedding_rate: float | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     schedule: str = "cosine"
@@ -94,8 +103,9 @@ class TrainOptions:
         if self.batch % self.micro_batch:
             raise TrainError(f"--batch {self.batch}: not a multiple of --micro-batch {self.micro_batch}")
         for name in ("rate", "angle", "singular_rate", "norm_rate", "embedding_rate", "weight_decay", "clip"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: not negative and finite")
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise TrainError(f"--{name.replace('_', '-')} {value}: not negative and finite")
         for name in ("warm_up", "teacher_weight"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise TrainError(f"--{name.replace('_', '-')} {getattr(self, name)}: between 0 and 1")
@@ -111,6 +121,19 @@ class TrainOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise TrainError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
+
+    def resolved(self, *, scratch: bool = False) -> TrainOptions:
+        """The same with every rate a number.
+
+        AdamW has one for everything; norms and embeddings have it too unless they are given their own.
+
+        Args:
+            scratch: whether the model was begun from nothing.
+        """
+        rates: dict[str, Any] = dict(SCRATCH if scratch else TUNING)
+        if self.optimizer == "adamw" and self.rate is not None:
+            rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate)
+        return replace(self, **{name: rate for name, rate in rates.items() if getattr(self, name) is None})
 
     def factor(self, step: int) -> float:
         """What all rates are multiplied with in a step, counted from 0."""

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -111,6 +111,8 @@ def run(
     """
     check_target(files.output, overwrite=files.overwrite or files.resume is not None)
     began = time.perf_counter()
+    with SctFile(files.model) as file:
+        options = options.resolved(scratch=_is_fresh(file.index.metadata))
     data = _data(files.model, texts, options)
     taught_by = _teacher(teacher, data, options, on_asked)
     model = load(files.model, dtype=torch.float32, device=device).model
@@ -161,6 +163,11 @@ def run(
         "tokens": state.step * options.batch * options.context,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _is_fresh(metadata: Mapping[str, Any]) -> bool:
+    """Whether a model was begun from nothing and never trained."""
+    return "initialisation" in metadata and "training" not in metadata
 
 
 def _data(path: Path, texts: Sequence[str], options: TrainOptions) -> TrainData:

@@ -27,11 +27,17 @@ from .common import DTYPE, print_json, progress_bar
     show_default=True,
     help="spectral: each kind of parameter in its own unit; adamw: the paper's, one --rate and QR after each step.",
 )
-@click.option("--rate", default=1e-4, show_default=True, help="Of dense matrices; with adamw of everything.")
-@click.option("--angle", default=3e-3, show_default=True, help="Radians that a column of U or V turns in a step.")
-@click.option("--singular-rate", default=1e-3, show_default=True, help="Relative change of s in a step.")
-@click.option("--norm-rate", default=1e-4, show_default=True, help="Of norms and biases.")
-@click.option("--embedding-rate", default=0.0, show_default=True, help="Of embeddings and head; 0 freezes them.")
+@click.option(
+    "--rate", type=float, help="Of dense matrices; with adamw of everything.  [default: 1e-4; 1e-3 after init]"
+)
+@click.option(
+    "--angle", type=float, help="Radians that a column of U or V turns in a step.  [default: 0.003; 0.03 after init]"
+)
+@click.option("--singular-rate", type=float, help="Relative change of s in a step.  [default: 0.001; 0.01 after init]")
+@click.option("--norm-rate", type=float, help="Of norms and biases.  [default: as --rate]")
+@click.option(
+    "--embedding-rate", type=float, help="Of embeddings and head.  [default: 0, they stay; as --rate after init]"
+)
 @click.option("--weight-decay", default=0.0, show_default=True, help="Of s.")
 @click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient; 0 for none.")
 @click.option("--schedule", type=click.Choice(["cosine", "wsd", "constant"]), default="cosine", show_default=True)

@@ -22,7 +22,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import sctconv
 from sctconv.convert.scratch import initial_files, initialise
 from sctconv.runtime.evaluate import perplexity
+from sctconv.runtime.precision import has_fast_bf16
+from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.train import TrainOptions, load_data, train
+from sctconv.runtime.train.options import SCRATCH
 from tests.benchmarks.measure import header
 from tests.models import WIKITEXT, tiny_tokenizer
 
@@ -34,11 +37,10 @@ CONFIG = LlamaConfig(
     num_key_value_heads=5, max_position_embeddings=256, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
 
-_ALL = {"norm_rate": 1.0, "embedding_rate": 1.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"optimizer": "adamw", "rate": 1e-3},
     "paper": {"optimizer": "adamw", "rate": 5e-4},
-    "ours": {"optimizer": "spectral", "rate": 1e-3, "angle": 0.03, "singular_rate": 0.01},
+    "ours": SCRATCH,
 }
 
 
@@ -65,15 +67,14 @@ def main() -> None:
 
 def _row(row: str, rank: int | None, source: Path, steps: int, every: int, changes: dict[str, float]) -> None:
     settings = {**SETTINGS[row], **changes}
-    rate = settings["rate"]
     options = TrainOptions(
-        steps=steps, batch=16, micro_batch=8, context=256, held_out=0.02, eval_every=0, bf16=torch.cpu._is_avx512_bf16_supported(),
-        **{"norm_rate": rate, "embedding_rate": rate, **settings},
+        steps=steps, batch=16, micro_batch=8, context=256, held_out=0.02, eval_every=0, bf16=has_fast_bf16(torch.device("cpu")),
+        **settings,
     )  # fmt: skip
     if rank is None:
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(CONFIG)
-        tokenizer = sctconv.runtime.skeleton.load_tokenizer(initial_files(str(source)))
+        tokenizer = load_tokenizer(initial_files(str(source)))
     else:
         path = source.parent / f"{rank}.sct"
         initialise(initial_files(str(source)), path, rank=rank, overwrite=True)

@@ -15,7 +15,8 @@ from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.runtime.skeleton import linear_layers
 from sctconv.runtime.spectral import SpectralEmbedding
-from sctconv.runtime.train import Files, run
+from sctconv.runtime.train import Files, TrainOptions, run
+from sctconv.runtime.train.options import SCRATCH, TUNING
 from sctconv.runtime.verify import verify
 from tests.models import FAMILIES, save, tiny_model, tiny_tokenizer
 from tests.training import TEXT, quick
@@ -81,6 +82,23 @@ def test_with_its_embeddings_factored(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         loss = float(model(input_ids=ids, labels=ids).loss)
     assert loss == pytest.approx(math.log(260), rel=0.15)
+
+
+def test_rates_suit_a_model_that_was_begun_and_one_that_knows_something(tmp_path: Path) -> None:
+    source = save(tiny_model("llama", vocab_size=260), tmp_path / "m")
+    tiny_tokenizer(source)
+    assert _run(source, "--rank", 4, "-o", tmp_path / "n.sct").exit_code == 0
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = TrainOptions(steps=10, context=32)
+    used = []
+    for before, after in (("n", "once"), ("once", "twice")):
+        run(Files(tmp_path / f"{before}.sct", tmp_path / f"{after}.sct"), [str(tmp_path / "text.txt")], options)
+        with SctFile(tmp_path / f"{after}.sct") as file:
+            used.append(file.index.metadata["training"]["options"])
+    for rates, options_used in zip((SCRATCH, TUNING), used, strict=True):
+        assert {name: options_used[name] for name in rates} == rates
+    adamw = TrainOptions(optimizer="adamw", rate=5e-4).resolved()
+    assert (adamw.norm_rate, adamw.embedding_rate) == (5e-4, 5e-4), "one rate for everything"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
