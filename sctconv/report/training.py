@@ -71,7 +71,7 @@ def training_report(
         f"{after.path.name}: training",
         tag("header", tag("h1", after.path.name), tag("p", f"trained from {before.path.name}")),
         section("Result", "", svg.tiles(facts)),
-        section("Run", "", svg.legend([("training", svg.colour(0)), ("held-out", svg.colour(1))]), grid(charts)),
+        section("Run", "", svg.legend([(svg.colour(0), "training"), (svg.colour(1), "held-out")]), grid(charts)),
         section("Spectra", note, grid(_spectra(before, after), "panels")),
     )
 

@@ -377,6 +377,7 @@ def test_the_command_line(factored: Path, tmp_path: Path) -> None:
     verify(out)
     page = (tmp_path / "new.train.html").read_text()
     assert all(word in page for word in ("held-out", "Drift", "Spectra", "gate_proj")) and "<script" not in page
+    assert ">training<" in page and ">var(" not in page, "the legend has words, not colours"
     assert sctconv.load(tmp_path / "new.checkpoint.sct").model is not None, "a checkpoint is a model"
     again = CliRunner().invoke(main, [*args, "--steps", "8"])
     assert again.exit_code == 1 and "exists already" in again.stderr and len(again.stderr.splitlines()) == 1
