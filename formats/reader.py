@@ -52,6 +52,10 @@ class SctFile:
 
     def __init__(self, path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> None:
         self.path: Final = Path(path)
+        if self.path.is_dir():
+            raise NotSctError(
+                f"{self.path}: not a .sct file, but a directory; `sctconv convert` makes one of a checkpoint"
+            )
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
         try:
             self.nbytes: Final = os.fstat(self._file.fileno()).st_size

@@ -23,7 +23,7 @@ from ..texts import TextError
 from .checkpoint import restore, save_checkpoint, save_model
 from .data import TrainData, load_data
 from .loop import Progress, TrainState, start, train
-from .options import TrainOptions
+from .options import TrainError, TrainOptions
 from .teacher import CachedTeacher, ModelTeacher, Teacher, cache_facts, write_cache
 
 
@@ -176,13 +176,17 @@ def _data(path: Path, texts: Sequence[str], options: TrainOptions) -> TrainData:
     tokenizer = load_tokenizer(small)
     if tokenizer is None:
         raise TextError(f"{path}: has no tokenizer, which training needs")
+    config = load_config(small, str(path)).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and options.context > longest:
+        raise TrainError(f"--context {options.context}: the model takes {longest} tokens at most")
     return load_data(
         texts,
         tokenizer,
         context=options.context,
         held_out=options.held_out,
         document_masks=options.document_masks,
-        vocabulary=load_config(small, str(path)).get_text_config().vocab_size,
+        vocabulary=config.vocab_size,
     )
 
 

@@ -151,12 +151,15 @@ def test_what_is_wrong_is_one_line(factored: Path, tmp_path: Path) -> None:
     text = _text(factored)[0]
     (tmp_path / "short.txt").write_text("Too short.")
     base = ["train", str(factored), "-o", str(tmp_path / "n.sct"), "--context", "32", "--steps", "2"]
+    directory = CliRunner().invoke(main, ["train", str(factored.parent / "m"), "--data", text])
+    assert directory.exit_code == 1 and "not a .sct file, but a directory" in directory.stderr
     for args, words, code in (
         (["--data", str(tmp_path / "no.txt")], "cannot be read", 1),
         (["--data", str(tmp_path / "short.txt")], "10 tokens, less than two windows of 32", 1),
         (["--data", text, "--teacher", str(tmp_path / "nobody")], "nobody", 1),
         (["--data", text, "--resume", str(tmp_path / "no.sct")], "no.sct", 1),
         (["--data", text, "--resume", str(factored)], "a model, not a checkpoint", 1),
+        (["--data", text, "--context", "129"], "--context 129: the model takes 128 tokens at most", 1),
         (["--data", text, "--patience", "2", "--eval-every", "0"], "--patience 2", 1),
         (["--data", text, "--device", "cuda:77"], "--device cuda:77", 2),
     ):
