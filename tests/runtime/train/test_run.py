@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +170,27 @@ def test_what_is_wrong_is_one_line(factored: Path, tmp_path: Path) -> None:
         result = CliRunner().invoke(main, [*base, *args])
         assert result.exit_code == code and words in result.stderr, (args, result.output)
         assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "n.sct").exists()
+
+
+def test_killed_at_any_moment_whole_files_stand(factored: Path, tmp_path: Path) -> None:
+    files = Files(factored, tmp_path / "n.sct")
+    command = [sys.executable, "-m", "sctconv", "train", str(factored), "--data", _text(factored)[0], "-o"]
+    command += [str(files.output), "--context", "32", "--steps", "5000", "--save-every", "1", "--eval-every", "1"]
+    pauses = random.Random(0)
+    for kill in range(4):
+        files.checkpoint.unlink(missing_ok=True)
+        again = ["--overwrite"] if kill else []
+        with subprocess.Popen([*command, *again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while not files.checkpoint.exists():
+                assert process.poll() is None and time.monotonic() < deadline, "it ended by itself, or never began"
+                time.sleep(0.01)
+            time.sleep(pauses.uniform(0.0, 0.3))
+            process.kill()
+        verify(files.output)
+        verify(files.checkpoint)
+        for line in files.metrics.read_text().splitlines()[:-1]:
+            json.loads(line)
 
 
 def test_the_trainer_of_transformers_with_a_callback(factored: Path, tmp_path: Path) -> None:
