@@ -191,7 +191,7 @@ def measure(
                 root = Root.of(K)
                 metric = metrics.get(path)
                 outputs = W.double() @ root.L
-                energy = singular_values(metric.apply(outputs) if metric else outputs).square()
+                energy = singular_values(metric.apply_(outputs) if metric else outputs).square()
                 tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
                 tails[path] = rank, tail, place / max(1, len(decoder) - 1)
                 fit = closed_form(Moments(K, K, yy, 1, W=W), rank, prior=W, root=root, metric=metric)

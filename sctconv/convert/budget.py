@@ -13,6 +13,9 @@ from .decoder import Decoder
 from .fit import closed_form_bytes, closed_form_dual_bytes
 
 _BATCHES: Final = (4, 2, 1)
+_WORKSPACE: Final = 128 << 20
+"""What the libraries of linear algebra take for themselves, bytes."""
+
 _SHARE: Final = 0.75
 """Of the machine's memory, where no limit is given."""
 
@@ -62,7 +65,7 @@ def plan_memory(
     """
     limit = limit if limit is not None else int(_SHARE * installed_bytes())
     shapes, width = decoder.shapes, decoder.width
-    base = rss_bytes() + decoder.block_bytes
+    base = rss_bytes() + _WORKSPACE + decoder.block_bytes
     # tokens x (width of the residual stream): both sides, what the teacher's layers saw, and a second stream in a block
     states = 5 * 4 * tokens * width
     widest = max(max(shape) for shape in shapes)

@@ -149,7 +149,7 @@ def closed_form(
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} does not fit a layer of {m} x {n}")
     if metric is not None:
-        M = metric.apply(M)
+        M = metric.apply_(M)
     if min(m, n) > EXACT_SIDE:
         svd = truncated_svd(M, rank)
         A, B = svd.U.double(), svd.V.double() * svd.s.double()
@@ -160,6 +160,7 @@ def closed_form(
         B = torch.linalg.eigh(M.T @ M).eigenvectors[:, -rank:]
         A = M @ B
     A = A if metric is None else metric.solve(A)
+    del M  # what follows needs room of its own
     U, s, V = sct_form(A, torch.linalg.solve_triangular(root.L.T, B, upper=True))
     bias = None
     if moments.mean_x is not None and moments.mean_y is not None:
@@ -213,7 +214,7 @@ def rank_by_output_energy(
 ) -> int:
     """The least rank whose whitened factors keep a share of ||C M||_F^2, that is, of the outputs' weighted energy."""
     M = _whitened(moments.centred(), prior, root)
-    return rank_for_energy(singular_values(M if metric is None else metric.apply(M)), energy)
+    return rank_for_energy(singular_values(M if metric is None else metric.apply_(M)), energy)
 
 
 def closed_form_dual(
@@ -256,7 +257,7 @@ def closed_form_dual(
         part = prior[:, block].double().addmm_(alpha.T, x[:, block].double())
         gram.addmm_(part, part.T, alpha=r)
         full[:, block] = part.float()
-    gram = gram if metric is None else metric.apply(metric.apply(gram).T)
+    gram = gram if metric is None else metric.apply_both_(gram)
     if m > EXACT_SIDE:
         Q = truncated_svd(gram, rank, tolerance=1e-6).U.double()
     else:
@@ -297,7 +298,13 @@ def _error(moments: Moments, U: Tensor, s: Tensor, V: Tensor) -> float:
     """sum |y - W' x|^2 = yy - 2 <T, W'> + <W' K, W'>, over yy."""
     if not moments.yy > 0.0:
         return 0.0
-    left = U.T if moments.W is None else (moments.W.T.double() @ U).T
+    left = U.T if moments.W is None else _product(U.T, moments.W)
     cross = float(((left @ moments.T) * (s[:, None] * V.T)).sum())
     square = float(((V.T @ moments.K @ V) * torch.outer(s, s)).diagonal().sum())
     return math.sqrt(max(0.0, moments.yy - 2.0 * cross + square) / moments.yy)
+
+
+def _product(A: Tensor, W: Tensor) -> Tensor:
+    """A W in float64 without all of W in it: A (k, m), W (m, n) float32."""
+    parts = zip(A.split(_ROWS, 1), W.split(_ROWS), strict=True)
+    return sum((a @ rows.double() for a, rows in parts), A.new_zeros(len(A), W.shape[1]))

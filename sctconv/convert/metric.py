@@ -80,21 +80,25 @@ class Metric:
         rho = max(_LEAST, (trace - float(values.sum())) / (m - r))
         return cls(d, Q.contiguous(), (values / rho).clamp_min(1.0).sqrt())
 
-    def apply(self, X: Tensor) -> Tensor:
-        """C X, X (m, n), in its dtype."""
-        return self._stretched(self.d[:, None].to(X.dtype) * X, self.g - 1.0)
+    def apply_(self, X: Tensor) -> Tensor:
+        """C X, X (m, n), in its place and dtype: X may be the largest matrix there is."""
+        return self._stretch_(X.mul_(self.d[:, None].to(X.dtype)), self.g - 1.0)
 
     def apply_transposed(self, X: Tensor) -> Tensor:
         """C^T X."""
-        return self.d[:, None].to(X.dtype) * self._stretched(X, self.g - 1.0)
+        return self._stretch_(X.clone(), self.g - 1.0).mul_(self.d[:, None].to(X.dtype))
 
     def solve(self, X: Tensor) -> Tensor:
         """C^-1 X."""
-        return self._stretched(X, 1.0 / self.g - 1.0) / self.d[:, None].to(X.dtype)
+        return self._stretch_(X.clone(), 1.0 / self.g - 1.0).div_(self.d[:, None].to(X.dtype))
 
-    def _stretched(self, X: Tensor, by: Tensor) -> Tensor:
-        """(I + Q diag(by) Q^T) X."""
-        if not self.g.numel():
-            return X
+    def apply_both_(self, G: Tensor) -> Tensor:
+        """C G C^T in G's place, G (m, m) symmetric."""
+        Q, by = self.Q.to(G.dtype), (self.g - 1.0).to(G.dtype)
+        self.apply_(G).mul_(self.d.to(G.dtype))
+        return G.addmm_(G @ Q * by, Q.T) if self.g.numel() else G
+
+    def _stretch_(self, X: Tensor, by: Tensor) -> Tensor:
+        """(I + Q diag(by) Q^T) X in X's place."""
         Q = self.Q.to(X.dtype)
-        return X + Q @ (by[:, None].to(X.dtype) * (Q.T @ X))
+        return X.addmm_(Q * by.to(X.dtype), Q.T @ X) if self.g.numel() else X

@@ -34,7 +34,7 @@ def _structured(m: int, r: int, seed: int = 0) -> Tensor:
 
 
 def _matrix(metric: Metric) -> Tensor:
-    return metric.apply(torch.eye(len(metric.d), dtype=torch.float64))
+    return metric.apply_(torch.eye(len(metric.d), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [6, 25])
@@ -44,7 +44,8 @@ def test_apply_transpose_and_solve_belong_together(size: int, moments: str) -> N
     metric = Metric.of(g.T @ g if moments == "full" else g.square().sum(0))
     assert metric is not None
     C, X = _matrix(metric), _random(size, 4, seed=1)
-    torch.testing.assert_close(metric.apply(X), C @ X)
+    torch.testing.assert_close(metric.apply_(X.clone()), C @ X)
+    torch.testing.assert_close(metric.apply_both_(X @ X.T), C @ X @ X.T @ C.T)
     torch.testing.assert_close(metric.apply_transposed(X), C.T @ X)
     torch.testing.assert_close(metric.solve(C @ X), X, rtol=1e-5, atol=1e-5)
     if moments == "full":
