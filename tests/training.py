@@ -13,7 +13,15 @@ TEXT = "".join(f"{place} apples and {place % 5} pears. " for place in range(900)
 
 def quick(**changes: Any) -> TrainOptions:
     """Options under which the small model learns something in a few steps."""
-    settings = {"steps": 12, "batch": 4, "micro_batch": 2, "context": 32, "eval_every": 4, "norm_rate": 1e-3}
+    settings = {
+        "steps": 12,
+        "batch": 4,
+        "micro_batch": 2,
+        "context": 32,
+        "eval_every": 4,
+        "norm_rate": 1e-3,
+        "bf16": False,
+    }
     return TrainOptions(**{**settings, "rate": 1e-3, "angle": 0.02, "singular_rate": 0.01, **changes})
 
 

@@ -95,8 +95,8 @@ def train(
     Raises:
         TrainError: a loss that is not finite, or a teacher with another vocabulary.
     """
-    options = options.resolved()
     device = next(model.parameters()).device
+    options = options.resolved(device)
     objective = _Objective(model, options, teacher)
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
@@ -158,7 +158,7 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
     Raises:
         TrainError: nothing is left to train.
     """
-    options = options.resolved()
+    options = options.resolved(next(model.parameters()).device)
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter, kind, rate in _kinds(model, options):
         parameter.requires_grad_(rate > 0.0)
@@ -228,7 +228,7 @@ class _Objective:
         total = 0.0
         for start in range(0, len(targets), self._rows):
             part = slice(start, start + self._rows)
-            with products(hidden.device, self._options.bf16):
+            with products(hidden.device, bool(self._options.bf16)):
                 logits = self._halves.head(rows[part])
             loss = scale * self._mixed(logits.float(), targets[part], lesson(part) if lesson else None)
             loss.backward()
@@ -243,14 +243,14 @@ class _Objective:
         hidden, targets = self._predicted(batch), batch.targets
         total = 0.0
         for rows, row in zip(hidden.split(self._rows), targets.split(self._rows), strict=True):
-            with products(hidden.device, self._options.bf16):
+            with products(hidden.device, bool(self._options.bf16)):
                 logits = self._halves.head(rows)
             total += float(F.cross_entropy(logits.float(), row, reduction="sum"))
         return total
 
     def _predicted(self, batch: Batch) -> Tensor:
         """Hidden states (learned tokens, width) float32."""
-        with products(batch.windows.device, self._options.bf16):
+        with products(batch.windows.device, bool(self._options.bf16)):
             hidden = self._halves.hidden(batch.windows, batch.positions)
         return hidden[:, :-1][batch.predicted].float()
 

@@ -6,8 +6,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
+import torch
+
 from sctconv.formats.errors import SctError
 
+from ..precision import has_fast_bf16
 from ..retraction import METHODS
 
 RETRACTIONS: Final = (*METHODS, "absorb", "none")
@@ -52,7 +55,7 @@ class TrainOptions:
             until the end.
         retract_every: steps between retractions with `adamw`.
         train: `all`, `factors` or `norms`.
-        bf16: whether products are bfloat16; weights and moments stay float32.
+        bf16: whether products are bfloat16; weights and moments stay float32. None for where the device multiplies so faster.
         checkpointing: whether activations are computed again in the backward pass.
         teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.
         temperature: of that KL.
@@ -84,7 +87,7 @@ class TrainOptions:
     retraction: str = "qr"
     retract_every: int = 1
     train: str = "all"
-    bf16: bool = False
+    bf16: bool | None = None
     checkpointing: bool = False
     teacher_weight: float = 0.5
     temperature: float = 1.0
@@ -122,18 +125,20 @@ class TrainOptions:
             if getattr(self, name) not in allowed:
                 raise TrainError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
 
-    def resolved(self, *, scratch: bool = False) -> TrainOptions:
-        """The same with every rate a number.
+    def resolved(self, device: torch.device, *, scratch: bool = False) -> TrainOptions:
+        """The same with nothing left open.
 
         AdamW has one for everything; norms and embeddings have it too unless they are given their own.
 
         Args:
+            device: where training is to be.
             scratch: whether the model was begun from nothing.
         """
         rates: dict[str, Any] = dict(SCRATCH if scratch else TUNING)
         if self.optimizer == "adamw" and self.rate is not None:
             rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate)
-        return replace(self, **{name: rate for name, rate in rates.items() if getattr(self, name) is None})
+        answers = {**rates, "bf16": has_fast_bf16(device)}
+        return replace(self, **{name: answer for name, answer in answers.items() if getattr(self, name) is None})
 
     def factor(self, step: int) -> float:
         """What all rates are multiplied with in a step, counted from 0."""

@@ -112,7 +112,7 @@ def run(
     check_target(files.output, overwrite=files.overwrite or files.resume is not None)
     began = time.perf_counter()
     with SctFile(files.model) as file:
-        options = options.resolved(scratch=_is_fresh(file.index.metadata))
+        options = options.resolved(torch.device(device), scratch=_is_fresh(file.index.metadata))
     data = _data(files.model, texts, options)
     taught_by = _teacher(teacher, data, options, on_asked)
     model = load(files.model, dtype=torch.float32, device=device).model

@@ -13,7 +13,11 @@ from .common import DTYPE, print_json, progress_bar
 @click.command(short_help="Go on training a model's factors.")
 @click.argument("model")
 @click.option(
-    "--data", multiple=True, required=True, metavar="TEXT", help="Text: .txt, .jsonl or hub:DATASET; repeatable."
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="TEXT",
+    help="Text: .txt, .jsonl, .parquet or hub:DATASET; repeatable.",
 )
 @click.option("-o", "--output", metavar="NEW.sct", help="File to write.  [default: MODEL-trained.sct]")
 @click.option("--steps", default=300, show_default=True, help="Steps of the optimiser.")
@@ -54,7 +58,11 @@ from .common import DTYPE, print_json, progress_bar
     "--train", type=click.Choice(["all", "factors", "norms"]), default="all", show_default=True, help="What moves."
 )
 @click.option("--document-masks", is_flag=True, help="Tokens see only the record that they are of.")
-@click.option("--bf16", is_flag=True, help="Products in bfloat16; weights and moments stay float32.")
+@click.option(
+    "--bf16/--no-bf16",
+    default=None,
+    help="Products in bfloat16; weights and moments stay float32.  [default: where the processor does so faster]",
+)
 @click.option("--checkpointing", is_flag=True, help="Compute activations again in the backward pass, to save memory.")
 @click.option("--teacher", metavar="SRC", help="Dense or factored model to learn the distribution of.")
 @click.option(

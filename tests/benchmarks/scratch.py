@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import sctconv
 from sctconv.convert.scratch import initial_files, initialise
 from sctconv.runtime.evaluate import perplexity
-from sctconv.runtime.precision import has_fast_bf16
 from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.train import TrainOptions, load_data, train
 from sctconv.runtime.train.options import SCRATCH
@@ -68,7 +67,7 @@ def main() -> None:
 def _row(row: str, rank: int | None, source: Path, steps: int, every: int, changes: dict[str, float]) -> None:
     settings = {**SETTINGS[row], **changes}
     options = TrainOptions(
-        steps=steps, batch=16, micro_batch=8, context=256, held_out=0.02, eval_every=0, bf16=has_fast_bf16(torch.device("cpu")),
+        steps=steps, batch=16, micro_batch=8, context=256, held_out=0.02, eval_every=0,
         **settings,
     )  # fmt: skip
     if rank is None:

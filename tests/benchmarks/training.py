@@ -22,7 +22,6 @@ import torch
 import sctconv
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.evaluate import perplexity
-from sctconv.runtime.precision import has_fast_bf16
 from sctconv.runtime.train import ModelTeacher, Progress, TrainOptions, TrainState, load_data, train
 from sctconv.sources import open_source
 from sctconv.sources.model import load_dense
@@ -61,7 +60,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     },
     "ours, embeddings 1e-5": {"embedding_rate": 1e-5},
 }
-_DEFAULTS = TrainOptions().resolved()
+_DEFAULTS = TrainOptions().resolved(torch.device("cpu"))
 ABLATION: dict[str, Row] = {
     name: (
         "calibrated",
@@ -112,7 +111,7 @@ def _value(text: str) -> float | int | str:
 
 def _row(name: str, start: Path, steps: int, settings: dict[str, Any], taught: bool) -> None:
     options = TrainOptions(
-        steps=steps, batch=4, micro_batch=4, context=256, held_out=0.02, eval_every=max(1, steps // 4), bf16=_has_bf16(), **settings
+        steps=steps, batch=4, micro_batch=4, context=256, held_out=0.02, eval_every=max(1, steps // 4), **settings
     )  # fmt: skip
     model, tokenizer = sctconv.load(start, dtype=torch.float32)
     teacher = ModelTeacher(load_dense(open_source(str(real_gguf()))).model) if taught else None
@@ -135,10 +134,6 @@ def _row(name: str, start: Path, steps: int, settings: dict[str, Any], taught: b
     print(f"{name:32}{steps:>6}{figures}{seconds:>10.2f}", flush=True)
     worst = max(looks[1:], default=math.nan)
     print(f"{'':32}held-out nats: start {looks[0]:.4f}, worst {worst:.4f}, last {looks[-1]:.4f}", flush=True)
-
-
-def _has_bf16() -> bool:
-    return has_fast_bf16(torch.device("cpu"))
 
 
 if __name__ == "__main__":

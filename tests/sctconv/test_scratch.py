@@ -97,7 +97,7 @@ def test_rates_suit_a_model_that_was_begun_and_one_that_knows_something(tmp_path
             used.append(file.index.metadata["training"]["options"])
     for rates, options_used in zip((SCRATCH, TUNING), used, strict=True):
         assert {name: options_used[name] for name in rates} == rates
-    adamw = TrainOptions(optimizer="adamw", rate=5e-4).resolved()
+    adamw = TrainOptions(optimizer="adamw", rate=5e-4).resolved(torch.device("cpu"))
     assert (adamw.norm_rate, adamw.embedding_rate) == (5e-4, 5e-4), "one rate for everything"
 
 
