@@ -101,7 +101,7 @@ def train(
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     if options.checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     began, trained = time.perf_counter(), 0
     if state.step == 0:
         _look(model, objective, data, options, state, on_best)
