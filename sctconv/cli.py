@@ -16,6 +16,7 @@ import click
 from . import __version__
 from .commands.convert import convert
 from .commands.evaluate import evaluate
+from .commands.export_onnx import export_onnx
 from .commands.generate import generate
 from .commands.init import init
 from .commands.inspect import inspect
@@ -64,5 +65,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-for command in (convert, inspect, report, verify, evaluate, generate, init, train):
+for command in (convert, inspect, report, verify, evaluate, generate, init, train, export_onnx):
     main.add_command(command)

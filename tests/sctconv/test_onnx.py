@@ -1,0 +1,149 @@
+"""Exported graphs: every family's numbers, nothing dense of what is factored, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import transformers
+from click.testing import CliRunner
+
+import sctconv
+from sctconv.cli import main
+from sctconv.convert import ConvertOptions, convert
+from sctconv.convert.scratch import initial_files, initialise
+from sctconv.errors import OptionError
+from sctconv.export import export_onnx
+from sctconv.export.decoder_spec import FAMILIES, read_spec
+from sctconv.export.onnx_session import OnnxError
+from sctconv.formats.errors import OutputError
+from sctconv.runtime.skeleton import linear_layers
+from tests import models
+from tests.models import save, tiny_model
+
+_SHAPE = models._SHAPE
+MORE: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(
+        **_SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(
+        **_SHAPE, head_dim=16,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "mistral": lambda: transformers.MistralConfig(**_SHAPE, sliding_window=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_SHAPE, head_dim=8, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=8),
+    "granite": lambda: transformers.GraniteConfig(
+        **_SHAPE, attention_multiplier=0.3, embedding_multiplier=2.0, residual_multiplier=0.5, logits_scaling=4.0
+    ),
+    "stablelm": lambda: transformers.StableLmConfig(**_SHAPE, use_qkv_bias=True, pad_token_id=0),
+    "smollm3": lambda: transformers.SmolLM3Config(**_SHAPE, no_rope_layers=[1, 0], pad_token_id=0),
+}  # fmt: skip
+"""Families, or what is peculiar to them, that the other tests' configurations lack."""
+
+
+def _model(family: str) -> Any:
+    if family in MORE:
+        models.CONFIGS[f"{family} for onnx"] = MORE[family]
+        return tiny_model(f"{family} for onnx")
+    return tiny_model(family)
+
+
+def _converted(family: str, directory: Path, rank: int = 6) -> Path:
+    source = save(_model(family), directory / f"{family}-{rank}")
+    convert(str(source), directory / f"{family}-{rank}.sct", ConvertOptions(rank=rank, modules="all"))
+    return directory / f"{family}-{rank}.sct"
+
+
+@pytest.mark.parametrize("rank", [3, 11])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_computes_what_torch_does(family: str, rank: int, tmp_path: Path) -> None:
+    report = export_onnx(_converted(family, tmp_path, rank), tmp_path / "onnx")
+    assert report.comparison is not None and report.comparison.worst < 1e-4, report.comparison
+    assert report.layers > 0
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_nothing_of_a_factored_layers_dense_shape_is_there(family: str, tmp_path: Path) -> None:
+    model = _model(family)
+    export_onnx(_converted(family, tmp_path), tmp_path / "onnx")
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    with sctconv.SctFile(tmp_path / f"{family}-6.sct") as file:
+        factored, entries = set(file.index.layers), file.index.tensors
+        expected = {tuple(entry.shape) for name, entry in entries.items() if name.endswith(".weight")}
+        kept = sum(4 * int(np.prod(entry.shape)) for entry in entries.values())
+    shapes = {tuple(tensor.dims) for tensor in graph.initializer if len(tensor.dims) == 2}
+    for name, shape in linear_layers(model).items():
+        dense = {(shape.out, shape.in_), (shape.in_, shape.out)}
+        if name in factored and not dense & expected:  # a dense matrix may have the same shape by chance
+            assert not dense & shapes, name
+    written = sum(
+        4 * int(np.prod(tensor.dims)) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+    )
+    assert written <= kept * 1.01 + 1024
+
+
+def test_factored_embeddings_are_exported_too(tmp_path: Path) -> None:
+    for family in ("qwen2", "llama"):
+        source = save(tiny_model(family), tmp_path / family)
+        initialise(initial_files(str(source)), tmp_path / f"{family}.sct", rank=4, embeddings=True)
+        report = export_onnx(tmp_path / f"{family}.sct", tmp_path / f"{family}-onnx")
+        assert report.comparison is not None and report.comparison.worst < 1e-4
+
+
+def test_names_are_those_that_all_agree_on(tmp_path: Path) -> None:
+    export_onnx(_converted("llama", tmp_path), tmp_path / "onnx")
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    past = [f"past_key_values.{place}.{kind}" for place in range(2) for kind in ("key", "value")]
+    assert [item.name for item in graph.input] == ["input_ids", "attention_mask", "position_ids", *past]
+    assert [item.name for item in graph.output] == [
+        "logits",
+        *(name.replace("past_key_values", "present") for name in past),
+    ]
+    assert (tmp_path / "onnx" / "config.json").exists()
+
+
+def test_a_family_without_a_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"m: no ONNX graph is known for a opt; there is one for gemma2, gemma3_text, gpt2"
+    ):
+        read_spec(transformers.OPTConfig(), "m")
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _converted("llama", tmp_path)
+    monkeypatch.setattr("sctconv.export.onnx_graph._Decoder.rotated", lambda self, x, rotary: x)
+    with pytest.raises(OnnxError, match=r"the exported graph differs from the model by .* nothing was kept"):
+        export_onnx(model, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists() and not list(tmp_path.glob(".onnx*"))
+
+
+def test_what_stands_there_is_kept(tmp_path: Path) -> None:
+    model = _converted("llama", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match="exists already"):
+        export_onnx(model, tmp_path / "mine")
+    with pytest.raises(OutputError, match="no exported model"):
+        export_onnx(model, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    export_onnx(model, tmp_path / "onnx")
+    export_onnx(model, tmp_path / "onnx", overwrite=True)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    model = _converted("llama", tmp_path)
+    result = CliRunner().invoke(main, ["export-onnx", str(model), "-o", str(tmp_path / "onnx"), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["layers"] == 14 and report["comparison"]["top1"] == 1.0
+    again = CliRunner().invoke(main, ["export-onnx", str(model), "-o", str(tmp_path / "onnx")])
+    assert again.exit_code == 1 and len(again.stderr.splitlines()) == 1 and "exists already" in again.stderr
