@@ -18,7 +18,7 @@ from .common import DTYPE, print_json, progress_bar
 def evaluate(
     model: str, text: str, context: int, max_tokens: int | None, dtype: str | None, device: str, as_json: bool
 ) -> None:
-    """Perplexity of MODEL (a .sct file, a directory, a GGUF file or a Hub id; dense or factored) on a text.
+    """Perplexity of MODEL (a .sct file, an exported or checkpoint directory, a GGUF file or a Hub id) on a text.
 
     The text is cut into non-overlapping windows; every token but each window's first is predicted.
     """

@@ -39,7 +39,7 @@ def generate(
     dtype: str | None,
     device: str,
 ) -> None:
-    """Generate from MODEL (a .sct file, a directory, a GGUF file or a Hub id), printing the text as it comes."""
+    """Generate from MODEL (a .sct file, an exported or checkpoint directory, a GGUF file or a Hub id), printing the text as it comes."""
     from sctconv.errors import OptionError
     from sctconv.runtime.generate import GenerateOptions, GenerationError
     from sctconv.sources.model import load_any

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from sctconv.formats.errors import OutputError
 from sctconv.formats.reader import SctFile
+from sctconv.runtime.onnx_model import GRAPH, OnnxError
 from sctconv.runtime.skeleton import load_config
 
 from .decoder_spec import read_spec
 from .onnx_graph import build_graph
-from .onnx_session import GRAPH, OnnxError
 from .onnx_verify import TOLERANCE, Comparison, compare
 
 _IN_FLIGHT: Final = 64 << 20

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from sctconv.runtime.model import load
-
-from .onnx_session import GRAPH, OnnxDecoder, OnnxError
+from sctconv.runtime.onnx_model import GRAPH, OnnxDecoder, OnnxError
 
 TOLERANCE: Final = 1e-3
 """Largest difference of logits, as a share of the largest logit, that an export is let through with."""

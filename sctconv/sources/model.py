@@ -10,6 +10,7 @@ from sctconv.errors import OptionError
 from sctconv.formats.checkpoint import read_tensor
 from sctconv.formats.reader import is_sct
 from sctconv.runtime.model import Loaded, assign_, load, set_generation_config_
+from sctconv.runtime.onnx_model import GRAPH, load_onnx
 from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.tensors import to_torch
 
@@ -22,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_any(text: str, *, dtype: str | None = None, device: str = "cpu") -> Loaded:
-    """Loads a .sct file, a checkpoint directory, a GGUF file or a Hub id.
+    """Loads a .sct file, an exported ONNX directory, a checkpoint directory, a GGUF file or a Hub id.
 
     Args:
         text: what the user named.
@@ -36,6 +37,12 @@ def load_any(text: str, *, dtype: str | None = None, device: str = "cpu") -> Loa
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     place, kind = usable_device(device), DTYPES[dtype] if dtype else None
+    if (Path(text) / GRAPH).is_file():
+        if kind is not None or place.type != "cpu":
+            raise OptionError(
+                f"{text}: an exported graph has its own dtype and runs on the CPU; leave out --dtype and --device"
+            )
+        return load_onnx(Path(text))
     if Path(text).is_file() and is_sct(text):
         return load(text, dtype=kind, device=place)
     return load_dense(open_source(text), dtype=kind, device=place)

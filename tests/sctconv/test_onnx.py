@@ -19,11 +19,11 @@ from sctconv.convert.scratch import initial_files, initialise
 from sctconv.errors import OptionError
 from sctconv.export import export_onnx
 from sctconv.export.decoder_spec import FAMILIES, read_spec
-from sctconv.export.onnx_session import OnnxError
 from sctconv.formats.errors import OutputError
+from sctconv.runtime.onnx_model import OnnxError
 from sctconv.runtime.skeleton import linear_layers
 from tests import models
-from tests.models import save, tiny_model
+from tests.models import save, tiny_model, tiny_tokenizer
 
 _SHAPE = models._SHAPE
 MORE: dict[str, Any] = {
@@ -147,3 +147,40 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert report["layers"] == 14 and report["comparison"]["top1"] == 1.0
     again = CliRunner().invoke(main, ["export-onnx", str(model), "-o", str(tmp_path / "onnx")])
     assert again.exit_code == 1 and len(again.stderr.splitlines()) == 1 and "exists already" in again.stderr
+
+
+def _with_tokenizer(directory: Path) -> Path:
+    source = save(tiny_model("llama", vocab_size=260), directory / "m")
+    tiny_tokenizer(source)
+    convert(str(source), directory / "m.sct", ConvertOptions(rank=6, modules="all"))
+    export_onnx(directory / "m.sct", directory / "onnx")
+    (directory / "text.txt").write_text("It was a dark and stormy night. " * 20)
+    return directory
+
+
+def test_the_directory_generates_and_evaluates_like_the_file(tmp_path: Path) -> None:
+    _with_tokenizer(tmp_path)
+    texts = []
+    for model in ("m.sct", "onnx"):
+        for more in (["--temperature", "0"], ["--temperature", "0.9", "--top-k", "40", "--seed", "3"]):
+            args = ["generate", str(tmp_path / model), "-p", "It was", "--max-new-tokens", "24", *more]
+            result = CliRunner().invoke(main, args)
+            assert result.exit_code == 0, result.output
+            texts.append(result.stdout)
+    assert texts[0] == texts[2] and texts[1] == texts[3], "one sampling code for both"
+    found = []
+    for model in ("m.sct", "onnx"):
+        args = ["evaluate", str(tmp_path / model), "--text", str(tmp_path / "text.txt"), "--context", "64", "--json"]
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout)["perplexity"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    wrong = CliRunner().invoke(main, ["generate", str(tmp_path / "onnx"), "-p", "x", "--dtype", "bfloat16"])
+    assert wrong.exit_code == 2 and "leave out --dtype" in wrong.stderr
+
+
+def test_a_damaged_graph_is_one_line(tmp_path: Path) -> None:
+    _with_tokenizer(tmp_path)
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"no graph")
+    result = CliRunner().invoke(main, ["generate", str(tmp_path / "onnx"), "-p", "x"])
+    assert result.exit_code == 1 and "cannot load it" in result.stderr and len(result.stderr.splitlines()) == 1
