@@ -26,6 +26,9 @@ demo: $(VENV)/.installed $(MODEL)
 	@echo "== evaluate: dense, gentle, plain"
 	for model in $(MODEL) build/gentle.sct build/plain.sct; do \
 	  $(BIN)/sctconv evaluate $$model --text $(TEXT) --context 512 --max-tokens 4096 || exit 1; done
+	@echo "== export to ONNX and evaluate in onnxruntime"
+	$(BIN)/sctconv export-onnx build/gentle.sct -o build/gentle-onnx --overwrite
+	$(BIN)/sctconv evaluate build/gentle-onnx --text $(TEXT) --context 512 --max-tokens 4096
 	@echo "== generate from factors"
 	$(BIN)/sctconv generate build/gentle.sct --chat -p "What is the capital of France?" --temperature 0 --max-new-tokens 40
 
