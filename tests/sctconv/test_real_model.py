@@ -108,3 +108,17 @@ def test_text_comes_from_factors(source: Source, tmp_path: Path) -> None:
     args = ["generate", str(path), "--chat", "-p", "What is the capital of France?", "--temperature", "0"]
     result = CliRunner().invoke(main, [*args, "--max-new-tokens", "24"])
     assert result.exit_code == 0 and "Paris" in result.stdout
+
+
+def test_the_exported_graph_evaluates_and_generates_as_the_file_does(source: Source, tmp_path: Path) -> None:
+    convert(source, tmp_path / "gentle.sct", ConvertOptions(rank=250, modules="(q|o)_proj"))
+    exported = CliRunner().invoke(main, ["export-onnx", str(tmp_path / "gentle.sct"), "-o", str(tmp_path / "onnx")])
+    assert exported.exit_code == 0, exported.output
+    figures, texts = [], []
+    for model in (tmp_path / "gentle.sct", tmp_path / "onnx"):
+        args = ["--text", str(WIKITEXT), "--context", "512", "--max-tokens", "2048", "--json"]
+        figures.append(json.loads(CliRunner().invoke(main, ["evaluate", str(model), *args]).stdout)["perplexity"])
+        args = ["-p", "The history of the sea is", "--temperature", "0", "--max-new-tokens", "64"]
+        texts.append(CliRunner().invoke(main, ["generate", str(model), *args]).stdout)
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+    assert texts[0] == texts[1] and len(texts[0]) > 60
