@@ -136,8 +136,9 @@ class Sweep:
                 {f"{block.name}.{name}": tensor.detach() for name, tensor in tensors.items()},
                 refinement,
             )
-            del block, seen  # nothing of it is held while the fits are written
+            del block, seen, fits, tensors  # nothing of it is held while the fits are written
             yield swept
+            del swept  # nor while the next block is fitted
         self._measure(teacher, student)
 
     def _report(self, what: str) -> None:
