@@ -212,7 +212,7 @@ def _subspace(W: Tensor, rank: int, norm: float, tolerance: float, seed: int) ->
     X = torch.randn(m, min(m, rank + 8), generator=torch.Generator().manual_seed(seed)).to(A.device)
     Q, B = X[:, :0], A[:0]
     gram = torch.zeros(0, 0, dtype=torch.float64, device=A.device)
-    captured = 0.0
+    captured, is_last = 0.0, False
     while True:
         X = _orthonormal_against(Q, X)
         Y = X.T @ A
@@ -222,11 +222,19 @@ def _subspace(W: Tensor, rank: int, norm: float, tolerance: float, seed: int) ->
         energy = float(torch.linalg.eigvalsh(gram)[-rank:].sum())
         room = min(X.shape[1], m - Q.shape[1])
         tail = max(norm**2 - energy, 0.0)
-        # a tail of float32's own rounding has no directions left to find
-        if not room or energy - captured <= tolerance * tail or tail <= 1e-12 * norm**2:
+        if is_last or not room:
             break
-        captured = energy
-        X = A @ Y[:room].T
+        if energy - captured > tolerance * tail and tail > 1e-12 * norm**2:
+            captured = energy
+            X = A @ Y[:room].T
+        elif tail <= 1e-6 * norm**2:
+            # A A^T X squares singular values, and of those below 1e-4 of the largest float32 leaves nothing beside it (its
+            # rounding hides such a tail's energy too); what Q lacks shows only when seen by itself, once
+            is_last = True
+            fresh = torch.randn(m, room, generator=torch.Generator().manual_seed(seed + 1)).to(A.device)
+            X = A @ (_orthonormal_against(Q, fresh).T @ A).T
+        else:
+            break
     Z, R = torch.linalg.qr(B.T)
     P, s, Sh = torch.linalg.svd(R.double().T, full_matrices=False)  # Q^T A = R^T Z^T
     return Q @ P[:, :rank].float(), s[:rank], Z @ Sh[:rank].T.float()
