@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Final
 
 from sctconv.errors import OptionError
-from sctconv.runtime.memory import installed_bytes, rss_bytes
+from sctconv.runtime.memory import installed_bytes, release_free, rss_bytes
 
 from .decoder import Decoder
 from .fit import closed_form_bytes, closed_form_dual_bytes
 
 _BATCHES: Final = (4, 2, 1)
+_LOOKS: Final = 4
+"""How many times a batch's activations are held while it is found out what a block's layers do, before any closed form."""
+
 _WORKSPACE: Final = 128 << 20
 """What the libraries of linear algebra take for themselves, bytes."""
 
@@ -64,6 +67,7 @@ def plan_memory(
         OptionError: not even the smallest choice fits.
     """
     limit = limit if limit is not None else int(_SHARE * installed_bytes())
+    release_free()  # or what was needed to get here counts as taken
     shapes, width = decoder.shapes, decoder.width
     base = rss_bytes() + _WORKSPACE + decoder.block_bytes
     # tokens x (width of the residual stream): both sides, what the teacher's layers saw, and a second stream in a block
@@ -78,7 +82,7 @@ def plan_memory(
         grams = {n: max(closed_form_bytes(m, k) for m, k in shapes if k == n) for _, n in shapes}
         small = [n for n, need in sorted(grams.items()) if need <= left]
         large = [(m, n) for m, n in shapes if n not in small]
-        need = max((grams[n] for n in small), default=0)
+        need = max((_LOOKS * batch_bytes(batch), *(grams[n] for n in small)))
         dual_tokens = 0
         if large:
             dual_tokens = _most_tokens(large, left, tokens)

@@ -11,6 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sctconv.runtime.memory import release_free
+
 from .blocks import hooked
 from .budget import MemoryPlan
 from .decoder import Decoder
@@ -67,6 +69,7 @@ def output_metrics(
                 metrics[name] = metric
         report((blocks + 2 * (blocks - place)) / (3 * blocks), block.name)
         del block
+        release_free()
     return metrics
 
 

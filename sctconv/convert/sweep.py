@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sctconv.runtime.memory import release_free
+
 from .blocks import Block, Passed, Writer, tapped
 from .budget import MemoryPlan
 from .calibration import Calibration
@@ -114,6 +116,7 @@ class Sweep:
         student = States.of(teacher, count, self._memory.spill)
         for place in range(len(self._decoder)):
             block = self._decoder.block(place, teacher[0])
+            release_free()
             self._done, self._passes = place, 2 + len(block.groups)
             seen = self._teach(block, teacher)
             fits: dict[str, Fit | DenseFit] = {}
@@ -139,6 +142,7 @@ class Sweep:
             del block, seen, fits, tensors  # nothing of it is held while the fits are written
             yield swept
             del swept  # nor while the next block is fitted
+            release_free()
         self._measure(teacher, student)
 
     def _report(self, what: str) -> None:
@@ -195,6 +199,7 @@ class Sweep:
                 y = (z - streams[writer.place]) / writer.scale + outputs[name]
                 sums[name].add(x, _flat(y[rows]))
         del x, outputs, streams
+        release_free()  # before the closed forms, which are what the budget is spent on
         root: Root | None = None
         for name in group:
             layer = _Layer.of(block, name)

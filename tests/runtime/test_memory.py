@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
-from sctconv.runtime.memory import peak_rss_bytes
+from sctconv.runtime.memory import peak_rss_bytes, release_free, rss_bytes
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,3 +29,12 @@ def test_a_large_parent_does_not_show_in_a_child() -> None:
     # without torch: the module itself is light, but its package is not needed either
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(child.stdout) < 500 << 20 < ballast.nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take freed memory back themselves")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    held = [torch.ones(1 << 20) for _ in range(64)]  # 4 MiB each: blocks that glibc keeps
+    before = rss_bytes()
+    del held
+    release_free()
+    assert rss_bytes() < before - (128 << 20)
