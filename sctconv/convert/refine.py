@@ -12,7 +12,8 @@ SmolLM2-135M, MLP at rank 128, 32k tokens, 20 steps a block: that error falls by
 
 The whole model, where it fits in memory, is tuned on the calibration text's next tokens with a gentle rate (5e-4 destroys
 in a few steps what calibration saved, 1e-4 does not). That is where the gain is: held-out perplexity 57.7 -> 38.2 in 30 steps
-of 2048 tokens. More steps than the text has tokens for overfit: on 32k tokens the best of 60 steps was the 30th. Steps are plain AdamW; U and V are brought back to orthonormal columns
+of 2048 tokens. More steps than the text has tokens for overfit: on 32k tokens the best of 60 steps was the 30th (45.2 on WikiText-2 test
+and 569 on Grimm's tales; 30 steps alone, from a better start, 44.8 and 407). Steps are plain AdamW; U and V are brought back to orthonormal columns
 at the end, exactly, by the SCT form of what they have become.
 """
 

@@ -54,8 +54,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "anchored 128, no refit": {"rank": 128, "refit": False},
     "measured 128": {"rank": 128, "allocate": "measured"},
     "measured 128, mixed text": {"rank": 128, "allocate": "measured", "mixed": True},
-    "measured 128, refined": {"rank": 128, "allocate": "measured", "refine": 60},
-    "measured 128, refined, mixed text": {"rank": 128, "allocate": "measured", "refine": 60, "mixed": True},
+    "measured 128, refined": {"rank": 128, "allocate": "measured", "refine": 30},
+    "measured 128, refined, mixed text": {"rank": 128, "allocate": "measured", "refine": 30, "mixed": True},
     "whitened 256": {"rank": 256},
     "anchored 256": {"rank": 256},
 }
