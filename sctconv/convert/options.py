@@ -46,7 +46,7 @@ class ConvertOptions:
         max_memory: bytes that a calibrated conversion may hold; None for three quarters of the machine's.
 
     Raises:
-        OptionError: a value is out of range, or not exactly one of the three is given.
+        OptionError: a value is out of range, or not exactly one of the five is given.
     """
 
     rank: int | None = None
