@@ -19,6 +19,9 @@ from .skeleton import load_config, load_tokenizer
 GRAPH: Final = "model.onnx"
 """The graph's file in an exported directory; its weights are in `model.onnx.data`."""
 
+_ROOM: Final = 256
+"""Tokens that a cache has room for at first."""
+
 
 class OnnxError(SctError):
     """A directory is no exported model, or onnxruntime cannot run it."""
@@ -27,32 +30,50 @@ class OnnxError(SctError):
 class OnnxDecoder:
     """Logits of tokens after those that it has seen.
 
+    Keys and values are in buffers that onnxruntime reads and writes where they are, and that grow by doubling.
+
     Args:
         directory: as `export_onnx` wrote it.
+        literal: run each node as it is written, none fused or replaced.
 
     Raises:
         OnnxError: the graph is not there, or onnxruntime cannot load it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, literal: bool = False) -> None:
         import onnxruntime
 
         if not (directory / GRAPH).is_file():
             raise OnnxError(f"{directory}: no exported model, {GRAPH} is not there")
+        options = onnxruntime.SessionOptions()
+        if literal:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self._session: Any = onnxruntime.InferenceSession(directory / GRAPH, providers=["CPUExecutionProvider"])
+            session: Any = onnxruntime.InferenceSession(directory / GRAPH, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes
             raise OnnxError(
                 f"{directory}: onnxruntime {onnxruntime.__version__} cannot load it: {_line(error)}"
             ) from None
-        self._past = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
-        self._outputs = [item.name for item in self._session.get_outputs()]
+        inputs = {item.name: item for item in session.get_inputs()}
+        past = [item for name, item in inputs.items() if name.startswith("past_key_values.")]
+        outputs = {item.name: item for item in session.get_outputs()}
+        if not past or "logits" not in outputs:
+            raise OnnxError(f"{directory}: no decoder with a KV cache; its outputs are {', '.join(outputs)}")
+        self._session, self._names = session, [item.name for item in past]
+        self._heads, self._head_dim = past[0].shape[1], past[0].shape[3]
+        self._dtype: Any = np.float16 if past[0].type == "tensor(float16)" else np.float32
+        self._vocabulary = outputs["logits"].shape[2]
+        # `ort` graphs write behind what is there; the others write all of it anew, elsewhere
+        self._shares = session.get_modelmeta().custom_metadata_map.get("sctconv.profile") == "ort"
+        self._takes = set(inputs)
         self.reset()
 
     def reset(self) -> None:
         """Forgets what it has seen."""
-        self._cache: list[np.ndarray] | None = None
         self._mask = np.zeros((0, 0), np.int64)
+        self._room = 0
+        self._past: list[np.ndarray] = []
+        self._present: list[np.ndarray] = []
 
     @property
     def seen(self) -> int:
@@ -66,16 +87,46 @@ class OnnxDecoder:
             ids: the tokens.
             mask: (batch, sequence) of 1 and, for padding on the left, 0; None for ones.
         """
-        batch, sequence = ids.shape
-        if self._cache is None:
+        (batch, sequence), seen = ids.shape, self.seen
+        if not seen:
             self._mask = np.zeros((batch, 0), np.int64)
-            self._cache = [np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float32) for item in self._past]
+        total = seen + sequence
+        self._grow(batch, total)
         self._mask = np.concatenate([self._mask, np.ones_like(ids) if mask is None else mask], 1)
         positions = (self._mask.cumsum(1) - 1).clip(0)[:, -sequence:]
+        logits = np.empty((batch, sequence, self._vocabulary), np.float32)
+        io = self._session.io_binding()
         feeds = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
-        feeds |= {item.name: array for item, array in zip(self._past, self._cache, strict=True)}
-        logits, *self._cache = self._session.run(self._outputs, feeds)
-        return np.asarray(logits)
+        kept = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in self._takes}
+        for name, array in kept.items():
+            io.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        io.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        before, after = (self._room, self._room) if self._shares else (seen, total)
+        for name, past, present in zip(self._names, self._past, self._present, strict=True):
+            shape = (batch, self._heads, before, self._head_dim)
+            io.bind_input(name, "cpu", 0, self._dtype, shape, past.ctypes.data)
+            shape = (batch, self._heads, after, self._head_dim)
+            name = name.replace("past_key_values", "present")
+            io.bind_output(name, "cpu", 0, self._dtype, shape, present.ctypes.data)
+        self._session.run_with_iobinding(io)
+        self._past, self._present = self._present, self._past
+        return logits
+
+    def _grow(self, batch: int, total: int) -> None:
+        """Makes room for so many tokens, keeping what is remembered."""
+        if total <= self._room:
+            return
+        old, seen = self._past, self.seen
+        self._room = max(_ROOM, 1 << (total - 1).bit_length())
+        shape = (batch, self._heads, self._room, self._head_dim)
+        self._past = [np.zeros(shape, self._dtype) for _ in self._names]
+        for array, kept in zip(self._past, old, strict=False):
+            if self._shares:
+                array[:, :, :seen] = kept[:, :, :seen]
+            else:  # packed at the front
+                count = batch * self._heads * seen * self._head_dim
+                array.reshape(-1)[:count] = kept.reshape(-1)[:count]
+        self._present = self._past if self._shares else [np.zeros(shape, self._dtype) for _ in self._names]
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):

@@ -200,10 +200,10 @@ def _teacher(
     if source is None:
         return None
     if source.cache is None:
-        return ModelTeacher(source.load(), options.temperature)
+        return ModelTeacher(source.load(), options.temperature, bf16=options.bf16)
     facts = cache_facts(data, source.name, options.temperature, options.teacher_top)
     if not source.cache.exists():
-        write_cache(source.load(), data, source.cache, facts, progress=on_asked)
+        write_cache(source.load(), data, source.cache, facts, bf16=options.bf16, progress=on_asked)
     return CachedTeacher(source.cache, facts)
 
 

@@ -21,6 +21,7 @@ from sctconv.formats.reader import SctFile
 from sctconv.formats.writer import SctWriter
 
 from ..head import Halves
+from ..precision import has_fast_bf16, products
 from ..tensors import mapped_tensor, to_numpy
 from .data import Batch, TrainData
 from .options import TrainError
@@ -76,23 +77,25 @@ class ModelTeacher:
     Args:
         model: dense or factored.
         temperature: T.
+        bf16: whether its matrix products are bfloat16; None for where the device multiplies so faster.
     """
 
-    def __init__(self, model: Any, temperature: float = 1.0) -> None:
+    def __init__(self, model: Any, temperature: float = 1.0, *, bf16: bool | None = None) -> None:
         self._halves, self._temperature = Halves(model.eval()), temperature
         self._device = next(model.parameters()).device
+        self._bf16 = has_fast_bf16(self._device) if bf16 is None else bf16
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def lesson(self, batch: Batch) -> Callable[[slice], Taught]:
         """See `Teacher`; the logits of a slice are made when it is asked for."""
         moved = batch.to(self._device)
-        with torch.no_grad():
+        with torch.no_grad(), products(self._device, self._bf16):
             rows = self._halves.hidden(moved.windows, moved.positions)[:, :-1][moved.predicted]
 
         def of(part: slice) -> Taught:
-            with torch.no_grad():
+            with torch.no_grad(), products(self._device, self._bf16):
                 logits = self._halves.head(rows[part]).float()
-                return Taught(F.log_softmax(logits / self._temperature, -1).to(batch.windows.device))
+            return Taught(F.log_softmax(logits / self._temperature, -1).to(batch.windows.device))
 
         return of
 
@@ -144,6 +147,7 @@ def write_cache(
     path: Path,
     facts: dict[str, Any],
     *,
+    bf16: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Asks a model about all windows to be trained on and writes what it says, one window in memory at a time.
@@ -156,12 +160,13 @@ def write_cache(
         data: the windows.
         path: the file.
         facts: see `cache_facts`.
+        bf16: see `ModelTeacher`.
         progress: called with windows done and windows in all.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    asked = ModelTeacher(teacher, facts["temperature"])
+    asked = ModelTeacher(teacher, facts["temperature"], bf16=bf16)
     top = min(facts["top"], asked.vocabulary)
     with SctWriter(path) as out:
         for place, batch in enumerate(data.training.split(1)):

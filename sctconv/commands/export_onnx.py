@@ -12,11 +12,38 @@ from .common import print_json, progress_bar, size
 @click.command("export-onnx", short_help="Write a graph for onnxruntime.")
 @click.argument("model")
 @click.option("-o", "--output", metavar="DIR", help="Directory to make.  [default: MODEL-onnx]")
+@click.option(
+    "--profile",
+    type=click.Choice(["portable", "standard", "ort"]),
+    default="portable",
+    show_default=True,
+    help="Plain nodes for any onnxruntime since 1.20; opset 23's larger ones (1.23); or onnxruntime's own, with a shared cache "
+    "and genai_config.json for onnxruntime-genai.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of weights and cache.",
+)
+@click.option(
+    "--quantize", type=click.Choice(["int8", "int4"]), help="Matrices in blocks of 32; embeddings and head stay int8."
+)
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run it against torch before it is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it is an exported model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def export_onnx(model: str, output: str | None, verify: bool, overwrite: bool, as_json: bool) -> None:
-    """Export MODEL.sct as a decoder with a KV cache whose factored layers stay factored, float32, for any onnxruntime.
+def export_onnx(
+    model: str,
+    output: str | None,
+    profile: str,
+    dtype: str,
+    quantize: str | None,
+    verify: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL.sct as a decoder with a KV cache whose factored layers stay factored.
 
     DIR holds model.onnx, its weights in model.onnx.data, configuration and tokenizer.
     """
@@ -25,7 +52,8 @@ def export_onnx(model: str, output: str | None, verify: bool, overwrite: bool, a
 
     target = output or f"{Path(model).stem}-onnx"
     with progress_bar("exporting", quiet=as_json) as progress:
-        report = run(model, target, ExportOptions(verify), overwrite=overwrite, progress=progress)
+        options = ExportOptions(profile, dtype, quantize, verify)
+        report = run(model, target, options, overwrite=overwrite, progress=progress)
     found = report.comparison
     if as_json:
         comparison = found.to_json() if found else None
@@ -33,7 +61,8 @@ def export_onnx(model: str, output: str | None, verify: bool, overwrite: bool, a
         return
     click.echo(f"{target}: {size(report.bytes)}, {report.layers} factored layers")
     if found:
+        padded = "" if found.padded is None else f", left-padded batch {found.padded:.1e}"
         click.echo(
-            f"against torch, largest difference over the largest logit: prefill {found.prefill:.1e}, cached steps "
-            f"{found.decode:.1e}, left-padded batch {found.padded:.1e}; likeliest token the same {found.top1:.1%}"
+            f"against torch{' with rounded weights' if quantize else ''}, largest difference over the largest logit: prefill "
+            f"{found.prefill:.1e}, cached steps {found.decode:.1e}{padded}; likeliest token the same {found.top1:.1%}"
         )

@@ -10,17 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sctconv.errors import OptionError
 from sctconv.formats.errors import OutputError
 from sctconv.formats.reader import SctFile
 from sctconv.runtime.onnx_model import GRAPH, OnnxError
 from sctconv.runtime.skeleton import load_config
 
 from .decoder_spec import read_spec
-from .onnx_graph import build_graph
-from .onnx_verify import TOLERANCE, Comparison, compare
+from .genai import write_genai_config
+from .onnx_graph import Decoder
+from .onnx_profiles import PROFILES
+from .onnx_verify import TOLERANCES, Comparison, compare
+from .quantize import BITS
 
 _IN_FLIGHT: Final = 64 << 20
 """Bytes of weights that are on their way to the disk at once, one tensor at least."""
+
+
+DTYPES: Final = ("float32", "float16")
+"""Names of `--dtype`."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,28 @@ class ExportOptions:
     """How to export.
 
     Attributes:
+        profile: `portable` (opset 21 primitives, any onnxruntime since 1.20, left padding), `standard` (opset 23's Attention,
+            RotaryEmbedding and RMSNormalization) or `ort` (onnxruntime's own fused nodes and a shared cache, for
+            onnxruntime-genai too).
+        dtype: of weights, activations and cache: `float32` or `float16`.
+        quantize: `int8` or `int4` blocks of 32 for all matrices, embeddings and head being int8 in both; None for `dtype`.
         verify: whether to run the graph against torch before it is let through.
+
+    Raises:
+        OptionError: a value is none of those.
     """
 
+    profile: str = "portable"
+    dtype: str = "float32"
+    quantize: str | None = None
     verify: bool = True
+
+    def __post_init__(self) -> None:
+        choices = {"profile": tuple(PROFILES), "dtype": DTYPES, "quantize": (None, *BITS)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                names = ", ".join(value for value in allowed if value)
+                raise OptionError(f"--{name} {getattr(self, name)}: choose one of {names}")
 
 
 @dataclass(frozen=True)
@@ -83,14 +109,18 @@ def export_onnx(
     with SctFile(model) as file:
         files = {name: file.file(name) for name in file.index.files}
         spec = read_spec(load_config(files, str(model)), str(model))
-        graph = build_graph(spec, file)
+        bits = BITS[options.quantize] if options.quantize else None
+        decoder = PROFILES[options.profile](spec, file, options.dtype, bits)
+        graph = decoder.build()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as temporary:
             made = Path(temporary) / target.name
             made.mkdir()
             _save(graph, made, progress)
             for name, data in files.items():
                 (made / name).write_bytes(data)
-            comparison = _verified(made, model) if options.verify else None
+            if options.profile == "ort":
+                write_genai_config(made, spec, files)
+            comparison = _verified(made, model, decoder, options) if options.verify else None
             if target.exists():
                 shutil.rmtree(target)
             made.rename(target)
@@ -116,11 +146,11 @@ def _save(graph: Any, directory: Path, progress: Callable[[float, float, str], N
     )
 
 
-def _verified(directory: Path, model: str | os.PathLike[str]) -> Comparison:
-    found = compare(directory, model)
-    if not found.worst <= TOLERANCE:  # NaN is not
+def _verified(directory: Path, model: str | os.PathLike[str], decoder: Decoder, options: ExportOptions) -> Comparison:
+    found = compare(directory, model, rounded=decoder.rounded, padded=decoder.takes_padding)
+    if not found.worst <= TOLERANCES[options.dtype]:  # NaN is not
         raise OnnxError(
             f"{model}: the exported graph differs from the model by {found.worst:.1e} of the largest logit, more than "
-            f"{TOLERANCE:.0e}; nothing was kept"
+            f"{TOLERANCES[options.dtype]:.0e}; nothing was kept"
         )
     return found

@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "measured 128, refined, mixed text": {"rank": 128, "allocate": "measured", "refine": 30, "mixed": True},
     "whitened 256": {"rank": 256},
     "anchored 256": {"rank": 256},
+    "anchored 256, mixed text": {"rank": 256, "mixed": True},
 }
 
 

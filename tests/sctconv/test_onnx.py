@@ -17,8 +17,10 @@ from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
 from sctconv.convert.scratch import initial_files, initialise
 from sctconv.errors import OptionError
-from sctconv.export import export_onnx
+from sctconv.export import ExportOptions, export_onnx
 from sctconv.export.decoder_spec import FAMILIES, read_spec
+from sctconv.export.onnx_profiles import PROFILES
+from sctconv.export.quantize import dequantised, quantised
 from sctconv.formats.errors import OutputError
 from sctconv.runtime.onnx_model import OnnxError
 from sctconv.runtime.skeleton import linear_layers
@@ -66,9 +68,45 @@ def _converted(family: str, directory: Path, rank: int = 6) -> Path:
 @pytest.mark.parametrize("rank", [3, 11])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_computes_what_torch_does(family: str, rank: int, tmp_path: Path) -> None:
-    report = export_onnx(_converted(family, tmp_path, rank), tmp_path / "onnx")
-    assert report.comparison is not None and report.comparison.worst < 1e-4, report.comparison
-    assert report.layers > 0
+    model = _converted(family, tmp_path, rank)
+    for profile in PROFILES:
+        report = export_onnx(model, tmp_path / profile, ExportOptions(profile))
+        assert report.comparison is not None and report.comparison.worst < 1e-4, (profile, report.comparison)
+        assert (report.comparison.padded is None) == (profile == "ort")
+        assert report.layers > 0
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen2"])
+def test_half_precision_and_quantised_graphs_compute_what_their_weights_say(
+    family: str, profile: str, tmp_path: Path
+) -> None:
+    model = _converted(family, tmp_path, 11)  # no multiple of a block
+    half = export_onnx(model, tmp_path / "half", ExportOptions(profile, dtype="float16")).comparison
+    assert half is not None and half.worst < 1e-2
+    for kind in ("int8", "int4"):
+        found = export_onnx(model, tmp_path / kind, ExportOptions(profile, quantize=kind)).comparison
+        assert found is not None and found.worst < 1e-4, (kind, found)
+        shapes = {
+            tensor.data_type
+            for tensor in onnx.load(tmp_path / kind / "model.onnx").graph.initializer
+            if len(tensor.dims) == 2
+        }
+        codes = {onnx.TensorProto.INT8} | ({onnx.TensorProto.INT4} if kind == "int4" else set())
+        assert codes <= shapes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_block_is_rounded_to_its_own_scale(bits: int) -> None:
+    sizes = np.array([[1e-6], [1.0], [1e6], [0.0], [3.0]])
+    rows = (np.random.default_rng(0).standard_normal((5, 70)) * sizes).astype(np.float32)
+    codes, scales = quantised(rows, bits)
+    assert codes.shape == (5, 3, 32) and codes.min() == -(2 ** (bits - 1)) and codes.max() < 2 ** (bits - 1)
+    error = np.abs(dequantised(codes, scales, 70) - rows)
+    assert (
+        error <= np.repeat(np.abs(scales), 32, 1)[:, :70] * 1.0001
+    ).all()  # one step where +2^(bits - 1) is cut, else half
+    assert np.median(error / np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30)) < 2.0**-bits
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -120,7 +158,7 @@ def test_a_family_without_a_graph_is_named(tmp_path: Path) -> None:
 
 def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _converted("llama", tmp_path)
-    monkeypatch.setattr("sctconv.export.onnx_graph._Decoder.rotated", lambda self, x, rotary: x)
+    monkeypatch.setattr("sctconv.export.onnx_graph.Decoder.rotated", lambda self, x, rotary: x)
     with pytest.raises(OnnxError, match=r"the exported graph differs from the model by .* nothing was kept"):
         export_onnx(model, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists() and not list(tmp_path.glob(".onnx*"))
