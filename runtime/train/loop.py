@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ..head import Halves
+from ..memory import keeping_freed
 from ..precision import products
 from ..retraction import absorb_, drift, retract, retract_, tangent
 from ..spectral import SpectralLayer
@@ -68,6 +69,7 @@ class TrainState:
     history: list[Progress] = field(default_factory=list)
 
 
+@keeping_freed()
 def train(
     model: nn.Module,
     data: TrainData,

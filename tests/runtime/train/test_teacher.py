@@ -28,7 +28,7 @@ def _teacher() -> Any:
 
 def _cache(data: TrainData, path: Path, top: int, temperature: float = 1.0) -> CachedTeacher:
     facts = cache_facts(data, "t", temperature, top)
-    write_cache(_teacher(), data, path, facts)
+    write_cache(_teacher(), data, path, facts, bf16=False)
     return CachedTeacher(path, facts)
 
 
@@ -58,7 +58,7 @@ def test_fewer_successors_give_a_lower_bound_that_is_nothing_only_for_the_teache
 
 def test_a_cache_teaches_what_its_teacher_does(factored: Path, tmp_path: Path) -> None:
     data, losses = windows(factored), []
-    for teacher in (ModelTeacher(_teacher()), _cache(data, tmp_path / "c.sct", 260)):
+    for teacher in (ModelTeacher(_teacher(), bf16=False), _cache(data, tmp_path / "c.sct", 260)):
         model = sctconv.load(factored).model
         losses.append([step.loss for step in train(model, data, quick(teacher_weight=1.0), teacher=teacher).history])
     assert losses[0] == pytest.approx(losses[1], abs=5e-4)  # logarithms of about -6 are kept to 2 in 1000
