@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import click
 
 from .common import print_json, progress_bar, size
+
+_WHAT: Final = {"prefill": "prompt", "decode": "cached steps", "padded": "padded batch", "states": "hidden states"}
 
 
 @click.command("export-onnx", short_help="Write a graph for onnxruntime.")
@@ -43,7 +46,7 @@ def export_onnx(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export MODEL.sct as a decoder with a KV cache whose factored layers stay factored.
+    """Export MODEL.sct as a decoder with a KV cache (or an encoder) whose factored layers stay factored.
 
     DIR holds model.onnx, its weights in model.onnx.data, configuration and tokenizer.
     """
@@ -61,8 +64,8 @@ def export_onnx(
         return
     click.echo(f"{target}: {size(report.bytes)}, {report.layers} factored layers")
     if found:
-        padded = "" if found.padded is None else f", left-padded batch {found.padded:.1e}"
         click.echo(
-            f"against torch{' with rounded weights' if quantize else ''}, largest difference over the largest logit: prefill "
-            f"{found.prefill:.1e}, cached steps {found.decode:.1e}{padded}; likeliest token the same {found.top1:.1%}"
+            f"against torch{' with rounded weights' if quantize else ''}, largest difference over the largest number: "
+            + ", ".join(f"{_WHAT[name]} {value:.1e}" for name, value in found.differences.items())
+            + ("" if found.top1 is None else f"; likeliest token the same {found.top1:.1%}")
         )

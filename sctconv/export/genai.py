@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,15 +11,14 @@ from .decoder_spec import DecoderSpec
 FILE: Final = "genai_config.json"
 
 
-def write_genai_config(directory: Path, spec: DecoderSpec, files: Mapping[str, bytes]) -> None:
+def write_genai_config(directory: Path, spec: DecoderSpec) -> None:
     """Writes it beside the graph; greedy unless the model's own generation_config.json says otherwise.
 
     Args:
-        directory: where the graph is.
+        directory: where the graph is, with config.json and perhaps generation_config.json beside it.
         spec: the model's description.
-        files: the model's small files.
     """
-    config, generation = (json.loads(files.get(name, b"{}")) for name in ("config.json", "generation_config.json"))
+    config, generation = (_read(directory / name) for name in ("config.json", "generation_config.json"))
     longest = config.get("max_position_embeddings") or config.get("n_positions") or 2048
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     first = eos[0] if isinstance(eos, list) and eos else eos
@@ -63,3 +61,7 @@ def write_genai_config(directory: Path, spec: DecoderSpec, files: Mapping[str, b
         "num_return_sequences": 1, "past_present_share_buffer": True, "repetition_penalty": 1.0, **chosen,
     }  # fmt: skip
     (directory / FILE).write_text(json.dumps({"model": model, "search": search}, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from sctconv.errors import OptionError
 from sctconv.formats.errors import OutputError
 from sctconv.formats.reader import SctFile
+from sctconv.runtime.model import load
 from sctconv.runtime.onnx_model import GRAPH, OnnxError
-from sctconv.runtime.skeleton import load_config
+from sctconv.runtime.skeleton import build_skeleton, load_config
 
 from .decoder_spec import read_spec
 from .genai import write_genai_config
-from .onnx_graph import Decoder
+from .onnx_encoder import compare_encoder, write_encoder
 from .onnx_profiles import PROFILES
 from .onnx_verify import TOLERANCES, Comparison, compare
 from .quantize import BITS
@@ -108,25 +111,56 @@ def export_onnx(
         raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
     with SctFile(model) as file:
         files = {name: file.file(name) for name in file.index.files}
-        spec = read_spec(load_config(files, str(model)), str(model))
-        bits = BITS[options.quantize] if options.quantize else None
-        decoder = PROFILES[options.profile](spec, file, options.dtype, bits)
-        graph = decoder.build()
+        config = load_config(files, str(model))
+        is_decoder = build_skeleton(config, str(model)).can_generate()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as temporary:
             made = Path(temporary) / target.name
             made.mkdir()
-            _save(graph, made, progress)
             for name, data in files.items():
                 (made / name).write_bytes(data)
-            if options.profile == "ort":
-                write_genai_config(made, spec, files)
-            comparison = _verified(made, model, decoder, options) if options.verify else None
+            if is_decoder:
+                comparison = _decoder(file, config, made, options, progress)
+            else:
+                comparison = _encoder(str(model), made, options)
+            tolerance = TOLERANCES[options.dtype]
+            if comparison is not None and not comparison.worst <= tolerance:  # NaN is not
+                raise OnnxError(
+                    f"{model}: the exported graph differs from the model by {comparison.worst:.1e} of the largest number, "
+                    f"more than {tolerance:.0e}; nothing was kept"
+                )
             if target.exists():
                 shutil.rmtree(target)
             made.rename(target)
         layers = len(file.index.layers)
     size = sum(path.stat().st_size for path in target.iterdir())
     return ExportReport(str(target), size, layers, comparison)
+
+
+def _decoder(
+    file: SctFile,
+    config: Any,
+    directory: Path,
+    options: ExportOptions,
+    progress: Callable[[float, float, str], None] | None,
+) -> Comparison | None:
+    spec = read_spec(config, str(file.path))
+    decoder = PROFILES[options.profile](spec, file, options.dtype, BITS[options.quantize] if options.quantize else None)
+    _save(decoder.build(), directory, progress)
+    if options.profile == "ort":
+        write_genai_config(directory, spec)
+    if not options.verify:
+        return None
+    return compare(directory, file.path, rounded=decoder.rounded, padded=decoder.takes_padding)
+
+
+def _encoder(model: str, directory: Path, options: ExportOptions) -> Comparison | None:
+    if options != ExportOptions(verify=options.verify):
+        raise OptionError(
+            f"{model}: is an encoder, which is exported in float32 with plain nodes; leave out --profile, --dtype and --quantize"
+        )
+    loaded = load(model, dtype=torch.float32).model
+    write_encoder(loaded, directory, model)
+    return compare_encoder(loaded, directory) if options.verify else None
 
 
 def _save(graph: Any, directory: Path, progress: Callable[[float, float, str], None] | None) -> None:
@@ -144,13 +178,3 @@ def _save(graph: Any, directory: Path, progress: Callable[[float, float, str], N
         callback=report,
         max_in_flight_bytes=_IN_FLIGHT,
     )
-
-
-def _verified(directory: Path, model: str | os.PathLike[str], decoder: Decoder, options: ExportOptions) -> Comparison:
-    found = compare(directory, model, rounded=decoder.rounded, padded=decoder.takes_padding)
-    if not found.worst <= TOLERANCES[options.dtype]:  # NaN is not
-        raise OnnxError(
-            f"{model}: the exported graph differs from the model by {found.worst:.1e} of the largest logit, more than "
-            f"{TOLERANCES[options.dtype]:.0e}; nothing was kept"
-        )
-    return found

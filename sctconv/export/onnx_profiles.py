@@ -49,7 +49,7 @@ class OnnxruntimeDecoder(StandardDecoder):
     """onnxruntime's GroupQueryAttention and SkipSimplifiedLayerNormalization, for onnxruntime-genai too.
 
     past and present are one buffer as long as the cache may grow, and `present` keeps that length. Prompts of a batch are
-    padded on the right, never on the left.
+    padded on the right, never on the left; what follows a cache is one token at a time, or the batch is one.
     """
 
     profile = "ort"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,28 +24,31 @@ _PREFILL, _STEPS, _SHORT = 12, 16, 7
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of logits to torch's, over the largest of torch's logits.
+    """How far a graph is from torch.
 
     Attributes:
-        prefill: of a prompt at once.
-        decode: of the steps after it, from the cache, against torch without one.
-        padded: of a batch with padding on the left; None where the graph takes none.
-        top1: share of all these tokens whose likeliest successor is the same.
+        differences: what was compared -> largest difference of its numbers over the largest of torch's. Of a decoder the
+            logits of a `prefill`, of `decode` steps after it from the cache (against torch without one), and of a `padded`
+            batch; of an encoder the `states` of a batch, and of a `padded` one.
+        top1: share of all these tokens whose likeliest successor is the same; None of an encoder.
     """
 
-    prefill: float
-    decode: float
-    padded: float | None
-    top1: float
+    differences: dict[str, float]
+    top1: float | None = None
 
     @property
     def worst(self) -> float:
-        """The largest of the three, NaN if one is."""
-        return float(np.max([self.prefill, self.decode, self.padded or 0.0]))
+        """The largest of the differences, NaN if one is."""
+        return float(np.max(list(self.differences.values())))
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return asdict(self)
+        return {**self.differences, "top1": self.top1}
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """max |found - expected| / max |expected|."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def compare(
@@ -89,16 +92,18 @@ def compare(
     expected = _torch(reference, ids, np.ones_like(ids))
     found = [session.logits(ids[:, :_PREFILL])]
     found += [session.logits(ids[:, place : place + 1]) for place in range(_PREFILL, _PREFILL + _STEPS)]
-    ours, scale = np.concatenate(found, 1), float(np.abs(expected).max())
-    pairs = [(ours[:, :_PREFILL], expected[:, :_PREFILL]), (ours[:, _PREFILL:], expected[:, _PREFILL:])]
+    ours = np.concatenate(found, 1)
+    pairs = {
+        "prefill": (ours[:, :_PREFILL], expected[:, :_PREFILL]),
+        "decode": (ours[:, _PREFILL:], expected[:, _PREFILL:]),
+    }
     if padded:
         batch, mask = generator.integers(0, vocabulary, (2, _PREFILL), np.int64), np.ones((2, _PREFILL), np.int64)
         mask[1, : _PREFILL - _SHORT] = 0
         session.reset()
-        pairs.append((session.logits(batch, mask)[mask > 0], _torch(reference, batch, mask)[mask > 0]))
-    worst = [float(np.abs(one - other).max()) / scale for one, other in pairs]
-    same = [(one.argmax(-1) == other.argmax(-1)).ravel() for one, other in pairs]
-    return Comparison(worst[0], worst[1], worst[2] if padded else None, float(np.concatenate(same).mean()))
+        pairs["padded"] = session.logits(batch, mask)[mask > 0], _torch(reference, batch, mask)[mask > 0]
+    same = [(one.argmax(-1) == other.argmax(-1)).ravel() for one, other in pairs.values()]
+    return Comparison({name: difference(*pair) for name, pair in pairs.items()}, float(np.concatenate(same).mean()))
 
 
 @torch.inference_mode()
