@@ -89,13 +89,21 @@ class SctFile:
         return head
 
     def _pread(self, offset: int, nbytes: int) -> bytes:
-        self._file.seek(offset)
-        data = bytearray()
-        while piece := self._file.read(nbytes - len(data)):
-            data += piece
-        if len(data) < nbytes:
-            raise TruncatedError(f"{self.path}: cut while it was open; {nbytes} bytes at {offset} are gone")
-        return bytes(data)
+        return bytes(self._pread_into(bytearray(nbytes), offset))
+
+    def _pread_into(self, data: bytearray, offset: int) -> bytearray:
+        view, done = memoryview(data), 0
+        while piece := self._read_into(view[done:], offset + done):
+            done += piece
+        if done < len(data):
+            raise TruncatedError(f"{self.path}: cut while it was open; {len(data)} bytes at {offset} are gone")
+        return data
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], offset)
+        self._file.seek(offset)  # Windows: not for two threads at once
+        return self._file.readinto(view) or 0
 
     @cached_property
     def mapping(self) -> np.ndarray:
@@ -138,6 +146,16 @@ class SctFile:
         array = np.frombuffer(self.buffer(name), dtype=numpy_dtype(entry.dtype)).reshape(entry.shape)
         array.flags.writeable = False
         return array
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as `tensor` gives it, but a copy that was read: no page of the mapping stays resident for it.
+
+        Raises:
+            MissingEntryError: there is no such tensor. TruncatedError: the file was cut meanwhile.
+        """
+        entry = self.entry(name)
+        data = self._pread_into(bytearray(entry.nbytes), entry.offset)
+        return np.frombuffer(data, dtype=numpy_dtype(entry.dtype)).reshape(entry.shape)
 
     def file(self, name: str) -> bytes:
         """An embedded file, checked against its sha256.

@@ -26,10 +26,6 @@ from .onnx_profiles import PROFILES
 from .onnx_verify import TOLERANCES, Comparison, compare
 from .quantize import BITS
 
-_IN_FLIGHT: Final = 64 << 20
-"""Bytes of weights that are on their way to the disk at once, one tensor at least."""
-
-
 DTYPES: Final = ("float32", "float16")
 """Names of `--dtype`."""
 
@@ -176,5 +172,5 @@ def _save(graph: Any, directory: Path, progress: Callable[[float, float, str], N
         external_data=f"{GRAPH}.data",
         size_threshold_bytes=1024,
         callback=report,
-        max_in_flight_bytes=_IN_FLIGHT,
+        max_workers=1,  # one tensor in memory at a time
     )

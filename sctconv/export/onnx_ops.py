@@ -163,10 +163,10 @@ class Ops:
 
     def _read(self, name: str) -> np.ndarray:
         """float32; a factor that is quantised has the root of the singular values in it, so that both halves weigh the same."""
-        array = self.file.tensor(name).astype(np.float32)
+        array = self.file.read(name).astype(np.float32, copy=False)
         layer, _, letter = name.rpartition(".")
         if self.bits and layer in self.file.index.layers and letter in "UV":
-            array *= np.sqrt(self.file.tensor(f"{layer}.s").astype(np.float32))
+            array *= np.sqrt(self.file.read(f"{layer}.s").astype(np.float32, copy=False))
         return array
 
     def _codes(self, name: str, transposed: bool, bits: int) -> tuple[Value, Value]:
@@ -196,7 +196,9 @@ class Ops:
 
         def tensor() -> ir.TensorProtocol:
             array = read()
-            return ir.tensor(np.ascontiguousarray(array if kind in _CODES else array.astype(self.dtype)), dtype=kind)
+            return ir.tensor(
+                np.ascontiguousarray(array if kind in _CODES else array.astype(self.dtype, copy=False)), dtype=kind
+            )
 
         lazy = ir.LazyTensor(tensor, dtype=kind, shape=ir.Shape(shape), name=name)
         return self.once(name, lambda: self.tape.initializer(lazy))

@@ -12,6 +12,9 @@ BITS: Final = {"int8": 8, "int4": 4}
 BLOCK: Final = 32
 """Weights that share a scale."""
 
+_SLAB: Final = 1 << 20
+"""Weights that are worked on at once: what that takes in float32 stays small beside the matrix."""
+
 
 def quantised(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of a matrix: row n, block b, place j holds `codes[n, b, j] * scales[n, b]`.
@@ -27,14 +30,23 @@ def quantised(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """
     n, k = rows.shape
     blocks = -(-k // BLOCK)
+    codes, scales = np.empty((n, blocks, BLOCK), np.int8), np.empty((n, blocks), np.float32)
+    slab = max(1, _SLAB // (blocks * BLOCK))
+    for start in range(0, n, slab):
+        part = slice(start, start + slab)
+        codes[part], scales[part] = _rounded(rows[part], blocks, -(2 ** (bits - 1)))
+    return codes, scales
+
+
+def _rounded(rows: np.ndarray, blocks: int, lowest: int) -> tuple[np.ndarray, np.ndarray]:
+    n, k = rows.shape
     padded = np.zeros((n, blocks * BLOCK), np.float32)
     padded[:, :k] = rows
     cut = padded.reshape(n, blocks, BLOCK)
-    lowest = -(2 ** (bits - 1))
     largest = np.take_along_axis(cut, np.abs(cut).argmax(-1, keepdims=True), -1)
     scales = largest / np.float32(lowest)
     steps = np.divide(cut, scales, out=np.zeros_like(cut), where=scales != 0)
-    return np.rint(steps).clip(lowest, -lowest - 1).astype(np.int8), scales[..., 0]
+    return np.rint(steps).clip(lowest, -lowest - 1), scales[..., 0]
 
 
 def dequantised(codes: np.ndarray, scales: np.ndarray, k: int) -> np.ndarray:
