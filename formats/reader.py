@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +57,7 @@ class SctFile:
             raise NotSctError(
                 f"{self.path}: not a .sct file, but a directory; `sctconv convert` makes one of a checkpoint"
             )
+        self._seeking = threading.Lock()
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
         try:
             self.nbytes: Final = os.fstat(self._file.fileno()).st_size
@@ -93,17 +95,13 @@ class SctFile:
 
     def _pread_into(self, data: bytearray, offset: int) -> bytearray:
         view, done = memoryview(data), 0
-        while piece := self._read_into(view[done:], offset + done):
-            done += piece
+        with self._seeking:
+            self._file.seek(offset)
+            while piece := self._file.readinto(view[done:]):
+                done += piece
         if done < len(data):
             raise TruncatedError(f"{self.path}: cut while it was open; {len(data)} bytes at {offset} are gone")
         return data
-
-    def _read_into(self, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [view], offset)
-        self._file.seek(offset)  # Windows: not for two threads at once
-        return self._file.readinto(view) or 0
 
     @cached_property
     def mapping(self) -> np.ndarray:

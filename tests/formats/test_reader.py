@@ -1,5 +1,6 @@
 import builtins
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ class CountingFile:
     def __init__(self, file):
         self.file, self.count = file, 0
 
-    def read(self, size):
-        data = self.file.read(size)
-        self.count += len(data)
-        return data
+    def readinto(self, buffer):
+        size = self.file.readinto(buffer)
+        self.count += size
+        return size
 
     def __getattr__(self, name):
         return getattr(self.file, name)
@@ -146,3 +147,14 @@ def test_pieces_are_no_longer_than_asked(save, parts, monkeypatch, chunk):
             assert sum(map(len, pieces)) == entry.nbytes
             file.verify(entry)
         assert b"".join(file.pieces(file.entry("l.U"))) == file.tensor("l.U").tobytes()
+
+
+def test_a_tensor_is_read_by_many_threads_at_once(large):
+    with SctFile(large) as file, ThreadPoolExecutor(8) as pool:
+        names = [f"model.layers.{number}.weight" for number in range(0, 10_000, 7)]
+        for name, array in zip(names, pool.map(file.read, names), strict=True):
+            assert (array == file.tensor(name)).all()
+        assert "mapping" in vars(file)  # by `tensor` alone
+    with SctFile(large) as file:
+        file.read(names[0])
+        assert "mapping" not in vars(file)
