@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
-from ml_dtypes import int4
+from ml_dtypes import uint4
 from onnx_ir.tape import Tape
 
 from sctconv.formats.errors import MissingEntryError
 from sctconv.formats.reader import SctFile
 
-from .quantize import BLOCK, dequantised, quantised
+from .quantize import BLOCK, Codes, quantised
 
 Value = ir.Value
 
@@ -113,8 +113,8 @@ class Ops:
             bits: in place of the graph's, where that quantises.
         """
         if self.bits:
-            codes, scales = self._codes(name, transposed, bits or self.bits)
-            return self.op("MatMul", x, self.op("DequantizeLinear", codes, scales, axis=0, block_size=BLOCK))
+            codes = self._codes(name, transposed, bits or self.bits)
+            return self.op("MatMul", x, self.op("DequantizeLinear", *codes, axis=0, block_size=BLOCK))
         shape = self.entry(name).shape
         if not transposed:
             return self.op("MatMul", x, self._weight(name, shape, self.float, lambda: self._read(name)))
@@ -125,8 +125,8 @@ class Ops:
         """Rows of a table (n, k) by their numbers (batch, sequence): (batch, sequence, k)."""
         if self.bits is None:
             return self.op("Gather", self._table(name), rows)
-        codes, scales = (self.op("Gather", part, rows, axis=1) for part in self._codes(name, True, TABLE_BITS))
-        return self.transpose(self.op("DequantizeLinear", codes, scales, axis=0, block_size=BLOCK), 1, 2, 0)
+        found = (self.op("Gather", part, rows, axis=1) for part in self._codes(name, True, TABLE_BITS))
+        return self.transpose(self.op("DequantizeLinear", *found, axis=0, block_size=BLOCK), 1, 2, 0)
 
     def table_matmul(self, x: Value, name: str) -> Value:
         """x (batch, sequence, k) times the rows of a table (n, k) that `gather` reads too, with no copy of it in the file."""
@@ -169,27 +169,27 @@ class Ops:
             array *= np.sqrt(self.file.read(f"{layer}.s").astype(np.float32, copy=False))
         return array
 
-    def _codes(self, name: str, transposed: bool, bits: int) -> tuple[Value, Value]:
-        """Codes (in, out) and scales (blocks of in, out): the layout that onnxruntime fuses to MatMulNBits."""
+    def _codes(self, name: str, transposed: bool, bits: int) -> tuple[Value, Value, Value]:
+        """Codes (in, out), scales and zero points (blocks of in, out): the layout that onnxruntime fuses to MatMulNBits."""
         shape = self.entry(name).shape
         in_, out = reversed(shape) if transposed else shape
-        kind, dtype = (ir.DataType.INT8, np.int8) if bits == 8 else (ir.DataType.INT4, int4)
+        kind, dtype = (ir.DataType.UINT8, np.uint8) if bits == 8 else (ir.DataType.UINT4, uint4)
 
-        def parts() -> tuple[np.ndarray, np.ndarray]:
+        def made() -> Codes:
             array = self._read(name)
             return quantised(array if transposed else array.T, bits)
 
-        def codes() -> np.ndarray:
-            return parts()[0].reshape(out, -1)[:, :in_].T.astype(dtype)
-
         def values() -> np.ndarray:
-            rows = dequantised(*parts(), in_)
+            rows = made().values(in_)
             return rows if transposed else rows.T
 
         self.rounded[name] = values
-        label = f"{name}.int{bits}"
-        scales = (f"{label}.scales", (-(-in_ // BLOCK), out), self.float, lambda: parts()[1].T)
-        return self._weight(label, (in_, out), kind, codes), self._weight(*scales)
+        label, blocks = f"{name}.uint{bits}", (-(-in_ // BLOCK), out)
+        return (
+            self._weight(label, (in_, out), kind, lambda: made().codes.reshape(out, -1)[:, :in_].T.astype(dtype)),
+            self._weight(f"{label}.scales", blocks, self.float, lambda: made().scales.T),
+            self._weight(f"{label}.zeros", blocks, kind, lambda: made().zeros.T.astype(dtype)),
+        )
 
     def _weight(self, name: str, shape: Sequence[int], kind: ir.DataType, read: Callable[[], np.ndarray]) -> Value:
         """An initializer that is read when the file is written, once."""
@@ -204,4 +204,4 @@ class Ops:
         return self.once(name, lambda: self.tape.initializer(lazy))
 
 
-_CODES: Final = (ir.DataType.INT8, ir.DataType.INT4)
+_CODES: Final = (ir.DataType.UINT8, ir.DataType.UINT4)

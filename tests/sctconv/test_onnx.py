@@ -21,7 +21,7 @@ from sctconv.errors import OptionError
 from sctconv.export import ExportOptions, export_onnx
 from sctconv.export.decoder_spec import FAMILIES, read_spec
 from sctconv.export.onnx_profiles import PROFILES
-from sctconv.export.quantize import dequantised, quantised
+from sctconv.export.quantize import quantised
 from sctconv.formats.errors import OutputError
 from sctconv.runtime.onnx_model import OnnxDecoder, OnnxError
 from sctconv.runtime.skeleton import linear_layers
@@ -94,7 +94,7 @@ def test_half_precision_and_quantised_graphs_compute_what_their_weights_say(
             for tensor in onnx.load(tmp_path / kind / "model.onnx").graph.initializer
             if len(tensor.dims) == 2
         }
-        codes = {onnx.TensorProto.INT8} | ({onnx.TensorProto.INT4} if kind == "int4" else set())
+        codes = {onnx.TensorProto.UINT8} | ({onnx.TensorProto.UINT4} if kind == "int4" else set())
         assert codes <= shapes
 
 
@@ -102,13 +102,15 @@ def test_half_precision_and_quantised_graphs_compute_what_their_weights_say(
 def test_a_block_is_rounded_to_its_own_scale(bits: int) -> None:
     sizes = np.array([[1e-6], [1.0], [1e6], [0.0], [3.0]])
     rows = (np.random.default_rng(0).standard_normal((5, 70)) * sizes).astype(np.float32)
-    codes, scales = quantised(rows, bits)
-    assert codes.shape == (5, 3, 32) and codes.min() == -(2 ** (bits - 1)) and codes.max() < 2 ** (bits - 1)
-    error = np.abs(dequantised(codes, scales, 70) - rows)
+    found = quantised(rows, bits)
+    assert found.codes.shape == (5, 3, 32) and found.codes.max() == 2**bits - 1 and found.codes.min() == 0
+    assert found.scales.shape == found.zeros.shape == (5, 3)
     assert (
-        error <= np.repeat(np.abs(scales), 32, 1)[:, :70] * 1.0001
-    ).all()  # one step where +2^(bits - 1) is cut, else half
-    assert np.median(error / np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30)) < 2.0**-bits
+        np.abs(found.values(70) - rows) <= np.repeat(found.scales, 32, 1)[:, :70]
+    ).all()  # half, and as much by the zero
+    assert (quantised(np.zeros((2, 40), np.float32), bits).values(40) == 0.0).all()
+    levels = np.linspace(0, 2**bits - 1, 32).round().astype(np.float32)[None] * 0.25
+    assert (quantised(levels, bits).values(32) == levels).all(), "what has no more values than codes stays"
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
