@@ -110,15 +110,22 @@ def test_text_comes_from_factors(source: Source, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "Paris" in result.stdout
 
 
-def test_the_exported_graph_evaluates_and_generates_as_the_file_does(source: Source, tmp_path: Path) -> None:
+def test_exported_graphs_evaluate_and_generate_as_the_file_does(source: Source, tmp_path: Path) -> None:
     convert(source, tmp_path / "gentle.sct", ConvertOptions(rank=250, modules="(q|o)_proj"))
-    exported = CliRunner().invoke(main, ["export-onnx", str(tmp_path / "gentle.sct"), "-o", str(tmp_path / "onnx")])
-    assert exported.exit_code == 0, exported.output
-    figures, texts = [], []
-    for model in (tmp_path / "gentle.sct", tmp_path / "onnx"):
+    exports = {"portable": [], "ort": ["--profile", "ort"], "int8": ["--quantize", "int8"]}
+    for name, more in exports.items():
+        args = ["export-onnx", str(tmp_path / "gentle.sct"), "-o", str(tmp_path / name), *more]
+        assert CliRunner().invoke(main, args).exit_code == 0, name
+    figures, texts = {}, {}
+    for name in ("gentle.sct", *exports):
         args = ["--text", str(WIKITEXT), "--context", "512", "--max-tokens", "2048", "--json"]
-        figures.append(json.loads(CliRunner().invoke(main, ["evaluate", str(model), *args]).stdout)["perplexity"])
+        figures[name] = json.loads(CliRunner().invoke(main, ["evaluate", str(tmp_path / name), *args]).stdout)[
+            "perplexity"
+        ]
         args = ["-p", "The history of the sea is", "--temperature", "0", "--max-new-tokens", "64"]
-        texts.append(CliRunner().invoke(main, ["generate", str(model), *args]).stdout)
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
-    assert texts[0] == texts[1] and len(texts[0]) > 60
+        texts[name] = CliRunner().invoke(main, ["generate", str(tmp_path / name), *args]).stdout
+    for name, share in (("portable", 1e-3), ("ort", 1e-3), ("int8", 1e-2)):
+        assert figures[name] == pytest.approx(figures["gentle.sct"], rel=share), name
+    assert texts["portable"] == texts["ort"] == texts["gentle.sct"] and len(texts["ort"]) > 60
+    kept = (tmp_path / "gentle.sct").stat().st_size
+    assert (tmp_path / "portable" / "model.onnx.data").stat().st_size == pytest.approx(kept, rel=0.01)
