@@ -1,8 +1,8 @@
 """A trained model as a .sct file, and a run that can be gone on with as one that also holds its moments.
 
 A checkpoint is an ordinary .sct file with float32 weights: it loads, evaluates and generates like any other. What a run
-needs besides is in tensors named `optimizer.first.NAME`, `optimizer.second.NAME` and `optimizer.order.LAYER` and in
-`metadata["training"]`; it is written whole or not at all, with checksums, like every .sct file.
+needs besides is in tensors named `optimizer.first.NAME` (with `first_scale` where those are 8 bits),
+`optimizer.second.NAME` and `optimizer.order.LAYER` and in `metadata["training"]`; it is written whole or not at all, with checksums, like every .sct file.
 
 Training keeps a layer's columns where they are, and a step may move a singular value past its neighbour or, with AdamW,
 below zero, which the format does not allow. So they are written in order, and `order` says where each was and with which
@@ -121,6 +121,7 @@ def restore(
             moments = {
                 key: mapped_tensor(file, tensors[f"{_MOMENTS}{kind}.{name}"]).clone().to(parameter.device)
                 for kind, key in _names(state).items()
+                if f"{_MOMENTS}{kind}.{name}" in tensors
             }
             is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
             count = {"step": torch.tensor(float(training["step"]))} if is_adamw else {"count": training["step"]}
@@ -209,8 +210,8 @@ def _moments(model: nn.Module, state: TrainState | None) -> Iterator[tuple[str, 
     if state is None:
         return
     for name, parameter in _trained(model, state):
-        for kind, key in _names(state).items():
-            yield name, kind, state.optimizer.state[parameter][key]
+        moments = state.optimizer.state[parameter]
+        yield from ((name, kind, moments[key]) for kind, key in _names(state).items() if key in moments)
 
 
 def _trained(model: nn.Module, state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:
@@ -222,4 +223,4 @@ def _names(state: TrainState) -> dict[str, str]:
     """Our names of the moments -> the optimiser's."""
     if isinstance(state.optimizer, torch.optim.AdamW):
         return {"first": "exp_avg", "second": "exp_avg_sq"}
-    return {"first": "first", "second": "second"}
+    return {"first": "first", "first_scale": "first_scale", "second": "second"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from ..spectral import SpectralLayer
 from .data import Batch, TrainData
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
+from .reversal import reversing
 from .teacher import Teacher, divergence
 
 _LOGITS_BYTES: Final = 64 << 20
@@ -102,40 +104,100 @@ def train(
     objective = _Objective(model, options, teacher)
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    if options.checkpointing:
-        model.activation_checkpointing_enable()  # type: ignore[operator]
-    began, trained = time.perf_counter(), 0
-    if state.step == 0:
-        _look(model, objective, data, options, state, on_best)
-    model.train()
-    while state.step < options.steps and not (options.patience and state.looks >= options.patience):
-        rate = options.factor(state.step)
-        for group in state.optimizer.param_groups:
-            group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
-        state.optimizer.zero_grad()
-        batch = data.batch(state.step, options.batch, options.seed).to(device)
-        scale = 1.0 / max(1, int(batch.predicted.sum()))
-        total = sum(objective.descend(part, scale) for part in batch.split(options.micro_batch))
-        norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
-        if not math.isfinite(total) or not math.isfinite(norm):
-            what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
-            raise TrainError(f"step {state.step + 1}: {what}; lower the rates; files of earlier steps are as they were")
-        state.optimizer.step()
-        state.step += 1
-        last = state.step == options.steps
-        looks = last or (options.eval_every > 0 and state.step % options.eval_every == 0)
-        _come_back_(model, options, state, final=last)
-        trained += batch.windows.numel()
-        progress = Progress(state.step, total, rate, norm, trained / (time.perf_counter() - began))
-        if looks:
-            progress.drift = drift(model)
-            progress.held_out = _look(model, objective, data, options, state, on_best)
-            model.train()
-        state.history.append(progress)
-        if on_step:
-            on_step(progress)
+    with contextlib.ExitStack() as stack:
+        stepping = stack.enter_context(_Stepping(model, state.optimizer if options.step_in_backward else None))
+        if options.checkpointing == "factors":
+            stack.enter_context(reversing(model))
+        if options.checkpointing == "blocks":
+            model.activation_checkpointing_enable()  # type: ignore[operator]
+        began, trained = time.perf_counter(), 0
+        if state.step == 0:
+            _look(model, objective, data, options, state, on_best)
+        model.train()
+        while state.step < options.steps and not (options.patience and state.looks >= options.patience):
+            rate = options.factor(state.step)
+            for group in state.optimizer.param_groups:
+                group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
+            state.optimizer.zero_grad()
+            batch = data.batch(state.step, options.batch, options.seed).to(device)
+            scale = 1.0 / max(1, int(batch.predicted.sum()))
+            parts, total = list(batch.split(options.micro_batch)), 0.0
+            for place, part in enumerate(parts):
+                stepping.on = place == len(parts) - 1
+                total += objective.descend(part, scale)
+                if not math.isfinite(total):
+                    break
+            norm = math.hypot(stepping.norm(), nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
+            if not math.isfinite(total) or not math.isfinite(norm):
+                what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
+                raise TrainError(
+                    f"step {state.step + 1}: {what}; lower the rates; files of earlier steps are as they were"
+                )
+            state.optimizer.step()
+            state.step += 1
+            last = state.step == options.steps
+            looks = last or (options.eval_every > 0 and state.step % options.eval_every == 0)
+            _come_back_(model, options, state, final=last)
+            trained += batch.windows.numel()
+            progress = Progress(state.step, total, rate, norm, trained / (time.perf_counter() - began))
+            if looks:
+                progress.drift = drift(model)
+                progress.held_out = _look(model, objective, data, options, state, on_best)
+                model.train()
+            state.history.append(progress)
+            if on_step:
+                on_step(progress)
     model.eval()
     return state
+
+
+class _Stepping:
+    """Steps in the backward pass: moves each parameter the moment its gradient is whole, and lets the gradient go.
+
+    Embeddings and head are left to `optimizer.step()`: their gradients come in parts.
+
+    Attributes:
+        on: whether this pass completes the gradients.
+    """
+
+    def __init__(self, model: Any, optimizer: Optimizer | None) -> None:
+        self.on, self._squares = False, 0.0
+        self._hooks: list[Any] = []
+        if not isinstance(optimizer, SpectralAdam):
+            return
+        ends = {id(parameter) for module in _ends(model) for parameter in module.parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in ends:
+                    hook = self._hook(optimizer)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _hook(self, optimizer: SpectralAdam) -> Callable[[nn.Parameter], None]:
+        def move(parameter: nn.Parameter) -> None:
+            if self.on and parameter.grad is not None:
+                self._squares += float(parameter.grad.square().sum())
+                optimizer.step_one(parameter)
+                parameter.grad = None
+
+        return move
+
+    def norm(self) -> float:
+        """Of all gradients that went since this was last asked."""
+        squares, self._squares = self._squares, 0.0
+        return math.sqrt(squares) if squares >= 0.0 else math.nan
+
+    def __enter__(self) -> _Stepping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _ends(model: Any) -> list[nn.Module]:
+    """Input embedding and head."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in modules if module is not None]
 
 
 def _come_back_(model: nn.Module, options: TrainOptions, state: TrainState, *, final: bool) -> None:
@@ -174,15 +236,13 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
     listed = [{"params": params, "kind": kind, "full_rate": rate} for (kind, rate), params in groups.items()]
     afterwards = options.retraction in ("none", "absorb")
     back = None if afterwards else lambda X: retract(X, options.retraction)  # type: ignore[arg-type]
-    return TrainState(0, SpectralAdam(listed, tangent=tangent, retract=back, weight_decay=options.weight_decay))
+    more: dict[str, Any] = {"weight_decay": options.weight_decay, "momentum": options.momentum, "seed": options.seed}
+    return TrainState(0, SpectralAdam(listed, tangent=tangent, retract=back, **more))
 
 
 def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Parameter, str, float]]:
     """Every parameter with its kind and its rate, 0 for those that are not trained."""
-    heads: set[int] = set()
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if module is not None:
-            heads |= {id(parameter) for parameter in module.parameters()}
+    heads = {id(parameter) for module in _ends(model) for parameter in module.parameters()}
     seen: set[int] = set()
     adamw = options.optimizer == "adamw"
     for module in model.modules():
@@ -235,7 +295,7 @@ class _Objective:
             loss = scale * self._mixed(logits.float(), targets[part], lesson(part) if lesson else None)
             loss.backward()
             total += float(loss.detach())
-        if rows.grad is not None and hidden.requires_grad:
+        if math.isfinite(total) and rows.grad is not None and hidden.requires_grad:
             hidden.backward(rows.grad)
         return total
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..tensors import by_shape
+from .moments import get, put_, rounded
+
+_PRIME: Final = 1_000_003
 
 KINDS: Final = ("stiefel", "singular", "plain")
 
@@ -36,6 +39,8 @@ class SpectralAdam(Optimizer):
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: share of log s by which s falls in a step of rate 1; of `singular` groups only.
+        momentum: what first moments of matrices are kept in, one of `MOMENTA`; of vectors they stay float32.
+        seed: of the rounding of parameters that are bfloat16.
 
     Raises:
         ValueError: an unknown kind.
@@ -50,70 +55,96 @@ class SpectralAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        momentum: str = "float32",
+        seed: int = 0,
     ) -> None:
         checked: list[dict[str, Any]] = [dict(group) for group in groups]
         for group in checked:
             if group["kind"] not in KINDS:
                 raise ValueError(f"kind {group['kind']!r}: one of {', '.join(KINDS)}")
         super().__init__(checked, {"betas": betas, "eps": eps, "weight_decay": weight_decay, "rate": 0.0})
-        self._tangent, self._retract = tangent, retract
+        self._tangent, self._retract, self._momentum, self._seed = tangent, retract, momentum, seed
+        self._places = {
+            parameter: (group, place)
+            for place, (group, parameter) in enumerate(
+                (group, parameter) for group in self.param_groups for parameter in group["params"]
+            )
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step with the gradients that are there."""
+        """One step with the gradients that are there, all factors of one shape at once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["kind"] == "stiefel":
-                for batch in by_shape(moving):  # all factors of one shape at once
-                    self._stiefel(batch, group)
-            else:
-                for parameter in moving:
-                    self._flat(parameter, group)
+            for batch in by_shape(moving) if group["kind"] == "stiefel" else ([parameter] for parameter in moving):
+                self._move(batch, group)
         return loss
 
+    @torch.no_grad()
+    def step_one(self, parameter: nn.Parameter) -> None:
+        """The same for one parameter, in the middle of a backward pass say."""
+        self._move([parameter], self._places[parameter][0])
+
+    def _move(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
+        if group["kind"] == "stiefel":
+            self._stiefel(batch, group)
+        else:
+            for parameter in batch:
+                self._flat(parameter, group)
+
     def _stiefel(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
-        X = torch.stack([parameter.detach() for parameter in batch]).float()
-        gradients = [parameter.grad for parameter in batch if parameter.grad is not None]
-        gradient = self._tangent(X, torch.stack(gradients).float())
+        X = torch.stack([parameter.detach().float() for parameter in batch])
+        gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
+        gradient = self._tangent(X, torch.stack(gradients))
         rows, columns = X.shape[-2:]
         states = [self._state(parameter, (columns,)) for parameter in batch]
-        first = torch.stack([state["first"] for state in states])
+        first = torch.stack([get(state, "first") for state in states])
         second = torch.stack([state["second"] for state in states])
-        first = self._tangent(X, first.lerp(gradient, 1.0 - group["betas"][0]))
+        first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
         second = second.lerp(gradient.square().mean(-2), 1.0 - group["betas"][1])
         counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=X.device)
         one, two = (1.0 - beta**counts for beta in group["betas"])
         scale = (second / two[:, None]).sqrt_().add_(group["eps"])
-        X = X - (group["rate"] / rows**0.5) * (first / one[:, None, None]) / scale[:, None, :]
+        by = group["rate"] / (rows**0.5 * one[:, None] * scale)
+        X = torch.addcmul(X, first, by[:, None, :], value=-1.0)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
-            parameter.copy_(X[place])
-            state["first"].copy_(first[place])
+            self._put(parameter, X[place], state)
+            put_(state, "first", first[place])
             state["second"].copy_(second[place])
 
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         is_singular = group["kind"] == "singular"
         state = self._state(parameter, tuple(parameter.shape))
-        gradient = parameter.grad.float() * (parameter.float() if is_singular else 1.0)
-        state["first"].lerp_(gradient, 1.0 - group["betas"][0])
+        gradient, value = parameter.grad.float(), parameter.float()
+        if is_singular:
+            gradient = gradient * value
+        first = get(state, "first").lerp_(gradient, 1.0 - group["betas"][0])
+        put_(state, "first", first)
         state["second"].lerp_(gradient.square(), 1.0 - group["betas"][1])
         one, two = (1.0 - beta ** state["count"] for beta in group["betas"])
-        step = group["rate"] * (state["first"] / one) / (state["second"] / two).sqrt().add_(group["eps"])
-        if is_singular:
-            parameter.mul_(torch.exp(-step - group["rate"] * group["weight_decay"]).to(parameter.dtype))
-        else:
-            parameter.sub_(step.to(parameter.dtype))
+        step = group["rate"] * (first / one) / (state["second"] / two).sqrt().add_(group["eps"])
+        decayed = step + group["rate"] * group["weight_decay"]
+        self._put(parameter, value * torch.exp(-decayed) if is_singular else value - step, state)
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, state: dict[str, Any]) -> None:
+        if parameter.dtype == torch.bfloat16:
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed((self._seed * _PRIME + state["count"]) * _PRIME + self._places[parameter][1])
+            value = rounded(value, generator)
+        parameter.copy_(value)
 
     def _state(self, parameter: nn.Parameter, second: tuple[int, ...]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["count"] = 0
-            state["first"] = torch.zeros_like(parameter, dtype=torch.float32)
+            zeros = torch.zeros_like(parameter, dtype=torch.float32)
+            put_(state, "first", zeros, self._momentum if parameter.ndim > 1 else "float32")
             state["second"] = torch.zeros(second, dtype=torch.float32, device=parameter.device)
         state["count"] += 1
         return state
@@ -125,8 +156,7 @@ def turn_(optimizer: Optimizer, rotations: Mapping[nn.Parameter, Tensor]) -> Non
     First moments turn along; of second moments the expectation does, with the squares of P.
     """
     for parameter, P in rotations.items():
-        for name, moment in optimizer.state.get(parameter, {}).items():
-            if name in ("first", "exp_avg"):
-                moment.copy_(moment @ P.to(moment.dtype))
-            elif name in ("second", "exp_avg_sq"):
-                moment.copy_(moment @ P.square().to(moment.dtype))
+        state = optimizer.state.get(parameter, {})
+        for name, turn in (("first", P), ("exp_avg", P), ("second", P.square()), ("exp_avg_sq", P.square())):
+            if name in state:
+                put_(state, name, get(state, name) @ turn.float())

@@ -12,12 +12,14 @@ from sctconv.formats.errors import SctError
 
 from ..precision import has_fast_bf16
 from ..retraction import METHODS
+from .moments import MOMENTA
 
 RETRACTIONS: Final = (*METHODS, "absorb", "none")
 
 SCHEDULES: Final = ("cosine", "wsd", "constant")
 OPTIMIZERS: Final = ("spectral", "adamw")
 PARTS: Final = ("all", "factors", "norms")
+CHECKPOINTINGS: Final = ("none", "blocks", "factors")
 
 
 TUNING: Final = {"rate": 1e-4, "angle": 3e-3, "singular_rate": 1e-3, "norm_rate": 1e-4, "embedding_rate": 0.0}
@@ -56,7 +58,13 @@ class TrainOptions:
         retract_every: steps between retractions with `adamw`.
         train: `all`, `factors` or `norms`.
         bf16: whether products are bfloat16; weights and moments stay float32. None for where the device multiplies so faster.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: what the backward pass finds: `none`, all activations; `blocks`, the input of each block, what is in
+            between being computed again; `factors`, of each block only what the last layers of its attention and MLP give
+            between their factors, from which its input follows too (see `runtime.train.reversal`).
+        step_in_backward: whether each parameter moves the moment its gradient is whole, and the gradient goes: none but that
+            of the head is ever kept. They are never together, so `clip` must be 0. With `spectral` only.
+        momentum: what first moments of matrices are kept in: `float32`, `bfloat16` or `int8`. With `spectral` only.
+        weights: what matrices are kept in: `float32`, or `bfloat16` rounded at random after each step.
         teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.
         temperature: of that KL.
         teacher_top: successors of each token that a teacher's cache keeps.
@@ -88,7 +96,10 @@ class TrainOptions:
     retract_every: int = 1
     train: str = "all"
     bf16: bool | None = None
-    checkpointing: bool = False
+    checkpointing: str = "none"
+    step_in_backward: bool = False
+    momentum: str = "float32"
+    weights: str = "float32"
     teacher_weight: float = 0.5
     temperature: float = 1.0
     teacher_top: int = 64
@@ -120,10 +131,22 @@ class TrainOptions:
             raise TrainError(f"--temperature {self.temperature}: above 0")
         choices: dict[str, tuple[str, ...]] = {
             "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "retraction": RETRACTIONS, "train": PARTS,
+            "checkpointing": CHECKPOINTINGS, "momentum": MOMENTA, "weights": MOMENTA[:2],
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise TrainError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
+        if self.step_in_backward and self.clip:
+            raise TrainError(
+                f"--step-in-backward: gradients are never together, so that their norm cannot be clipped to {self.clip:g}; "
+                "pass --clip 0"
+            )
+        if self.weights == "bfloat16" and self.bf16 is False:
+            raise TrainError("--weights bfloat16: their products are bfloat16 too; leave out --no-bf16")
+        lean = {"step_in_backward": False, "momentum": "float32", "weights": "float32"}
+        for name, usual in lean.items():
+            if self.optimizer == "adamw" and getattr(self, name) != usual:
+                raise TrainError(f"--{name.replace('_', '-')}: needs --optimizer spectral")
 
     def resolved(self, device: torch.device, *, scratch: bool = False) -> TrainOptions:
         """The same with nothing left open.
@@ -137,7 +160,7 @@ class TrainOptions:
         rates: dict[str, Any] = dict(SCRATCH if scratch else TUNING)
         if self.optimizer == "adamw" and self.rate is not None:
             rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate)
-        answers = {**rates, "bf16": has_fast_bf16(device)}
+        answers = {**rates, "bf16": self.weights == "bfloat16" or has_fast_bf16(device)}
         return replace(self, **{name: answer for name, answer in answers.items() if getattr(self, name) is None})
 
     def factor(self, step: int) -> float:

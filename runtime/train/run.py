@@ -115,7 +115,10 @@ def run(
         options = options.resolved(torch.device(device), scratch=_is_fresh(file.index.metadata))
     data = _data(files.model, texts, options)
     taught_by = _teacher(teacher, data, options, on_asked)
-    model = load(files.model, dtype=torch.float32, device=device).model
+    model = load(files.model, dtype=getattr(torch, options.weights), device=device).model
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # a step on these is rounded away in bfloat16, and they are small
+            parameter.data = parameter.data.float()
     state = start(model, options)
     identity = {"data": data.fingerprint(), "teacher": teacher.name if teacher else None}
     if files.resume is not None:

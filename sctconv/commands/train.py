@@ -63,7 +63,28 @@ from .common import DTYPE, print_json, progress_bar
     default=None,
     help="Products in bfloat16; weights and moments stay float32.  [default: where the processor does so faster]",
 )
-@click.option("--checkpointing", is_flag=True, help="Compute activations again in the backward pass, to save memory.")
+@click.option(
+    "--checkpointing",
+    type=click.Choice(["none", "blocks", "factors"]),
+    default="none",
+    show_default=True,
+    help="Compute activations again in the backward pass, from each block's input, or from what is between its factors.",
+)
+@click.option("--step-in-backward", is_flag=True, help="Move each parameter as its gradient comes; needs --clip 0.")
+@click.option(
+    "--momentum",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="What the optimiser's first moments are kept in.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What matrices are trained in; bfloat16 is rounded at random.",
+)
 @click.option("--teacher", metavar="SRC", help="Dense or factored model to learn the distribution of.")
 @click.option(
     "--teacher-cache",

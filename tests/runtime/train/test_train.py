@@ -177,7 +177,7 @@ def test_one_loss_however_the_logits_are_split(factored: Path, monkeypatch: pyte
         )
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 4}, {"checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 4}, {"checkpointing": "blocks"}])
 def test_how_a_step_is_cut_does_not_change_it(changes: dict[str, Any], factored: Path) -> None:
     histories = []
     for settings in ({}, changes):

@@ -1,0 +1,135 @@
+"""Activations of a block computed again from its output: the backward pass finds rank-k states where hidden ones would be.
+
+A block adds to its input what its attention and its MLP end in, two factored layers: `y = x + A(h_A) + B(h_B)` with
+`A(h) = (h * s) U^T` and h (tokens, k) what is between the factors. So x follows from y and the two h, and only these are kept
+of a block, with one y for the whole model: at rank 32 and width 8192 a 128th of what checkpoints of the inputs take, and as
+many products. Sums are float32, so x comes back to rounding, and no further off than the sum of the blocks' roundings.
+
+(As in reversible networks, Gomez et al., arXiv 1707.04585, but for any residual block, at the price of the h.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..spectral import SpectralLinear
+from .options import TrainError
+
+_NEAR: Final = 1e-4
+"""Largest distance of a recovered input, over the input's largest entry, at which a block counts as such a sum."""
+
+
+@contextlib.contextmanager
+def reversing(model: Any) -> Iterator[None]:
+    """Within, a model's blocks keep only what the module says; its hidden states between blocks are float32.
+
+    Raises:
+        TrainError: the model has no list of blocks, or one of them is, on its first pass, no such sum.
+    """
+    blocks = next((child for child in model.base_model.children() if isinstance(child, nn.ModuleList)), None)
+    if blocks is None:
+        raise TrainError("--checkpointing factors: the model has no list of blocks; use --checkpointing blocks")
+    stream = _Stream()
+    for place, block in enumerate(blocks):
+        block.forward = _Block(block, stream, place).forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+class _Stream:
+    """The hidden states that the backward pass has come to."""
+
+    state: Tensor | None = None
+
+
+class _Block:
+    """Stands before a block's own forward."""
+
+    def __init__(self, block: Any, stream: _Stream, place: int) -> None:
+        self.run, self.stream, self.place = block.forward, stream, place
+        self.candidates = [module for module in block.modules() if isinstance(module, SpectralLinear)]
+        self.ends: list[SpectralLinear] | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            output: Tensor = self.run(x, *args, **kwargs)
+            return output
+        x = x.float()
+        if not x.requires_grad:  # nothing before this block is trained, but the block is
+            x = x.detach().requires_grad_()
+        result: Tensor = _Reversal.apply(x, self, args, kwargs)
+        return result
+
+    def traced(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """The block's output, and what is between the factors of the layers that it ends in."""
+        between: dict[SpectralLinear, Tensor] = {}
+
+        def keep(layer: SpectralLinear) -> Any:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                between[layer] = inputs[0] @ layer.V
+
+            return layer.register_forward_hook(hook)
+
+        hooks = [keep(layer) for layer in (self.candidates if self.ends is None else self.ends)]
+        try:
+            y = self.run(x, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.ends is None:
+            self.ends = self._found(x, y, between)
+        return y, [between[layer] for layer in self.ends]
+
+    def _found(self, x: Tensor, y: Tensor, between: dict[SpectralLinear, Tensor]) -> list[SpectralLinear]:
+        wide = [layer for layer in between if layer.out_features == x.shape[-1]]
+        for pair in itertools.combinations(wide, 2):
+            back = recovered(y, pair, [between[layer] for layer in pair])
+            if float((back - x).abs().max()) <= _NEAR * float(x.abs().max()):
+                return list(pair)
+        raise TrainError(
+            f"--checkpointing factors: block {self.place} does not add what two factored layers give to its input; use "
+            "--checkpointing blocks"
+        )
+
+
+def recovered(y: Tensor, layers: Any, between: list[Tensor]) -> Tensor:
+    """`y - sum of (h * s) U^T + b`, float32."""
+    x = y.float()
+    for layer, h in zip(layers, between, strict=True):
+        x = x - nn.functional.linear(h * layer.s.to(h.dtype), layer.U.to(h.dtype), layer.bias).float()
+    return x
+
+
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: _Block, args: Any, kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            y, between = block.traced(x, args, kwargs)
+        ctx.block, ctx.args, ctx.kwargs = block, args, kwargs
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.save_for_backward(*between)
+        block.stream.state = y
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        block: _Block = ctx.block
+        assert block.stream.state is not None and block.ends is not None
+        enabled, dtype = ctx.autocast
+        with torch.no_grad(), torch.autocast(gradients[0].device.type, dtype, enabled=enabled):
+            x = recovered(block.stream.state, block.ends, list(ctx.saved_tensors))
+        block.stream.state = x
+        with torch.enable_grad(), torch.autocast(gradients[0].device.type, dtype, enabled=enabled):
+            leaf = x.detach().requires_grad_()
+            y = block.run(leaf, *ctx.args, **ctx.kwargs)
+        torch.autograd.backward(y, gradients[0])
+        return leaf.grad, None, None, None
