@@ -43,21 +43,27 @@ def release_free() -> None:
 
 
 @contextlib.contextmanager
-def keeping_freed() -> Iterator[None]:
-    """Within, memory that was freed stays with the process for what is allocated next.
+def freed_memory(*, kept: bool) -> Iterator[None]:
+    """Within, memory that was freed stays with the process for what is allocated next, or goes back to the system at once.
 
-    glibc maps every large block anew and gives it back when freed; where steps allocate the same activations again and
-    again, faulting their pages in is a fifth of the time (`python -m tests.benchmarks.training`). Costs fragmentation, about
-    7 % of the peak. Nothing where the C library has no such call.
+    glibc's own way is neither: it keeps blocks of up to 32 MiB wherever they lie and maps larger ones anew each time. Where
+    steps allocate the same activations again and again, faulting their pages in is a fifth of the time if they go
+    (`python -m tests.benchmarks.training`), and half of a lean step's memory is holes if they stay. Nothing where the C
+    library has no such call.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         yield
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, -1)  # never
-    mallopt(_M_TOP_PAD, 64 << 20)
+    if kept:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_TOP_PAD, 64 << 20)
+    else:
+        release_free()
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
     try:
         yield
     finally:

@@ -10,12 +10,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sctconv.formats.index import Blob
+from sctconv.formats.dtypes import FLOATS
+from sctconv.formats.index import Blob, TensorEntry
 from sctconv.formats.reader import SctFile
 
 from .skeleton import ModelError, build_skeleton, directory_of, factor_, load_config, load_tokenizer
 from .spectral import SpectralLayer
-from .tensors import mapped_tensor
+from .tensors import TORCH_DTYPES, mapped_tensor, to_torch
 
 
 class Loaded(NamedTuple):
@@ -56,7 +57,7 @@ def load(
         config = load_config(files, str(path))
         model = build_skeleton(config, str(path))
         factor_(model, {name: record.rank for name, record in file.index.layers.items()})
-        tensors = ((name, mapped_tensor(file, entry)) for name, entry in file.index.tensors.items())
+        tensors = ((name, _tensor(file, entry, dtype)) for name, entry in file.index.tensors.items())
         assign_(model, tensors, source=str(path), dtype=dtype, device=device)
         for name, record in file.index.layers.items():
             module = model.get_submodule(name)
@@ -64,6 +65,13 @@ def load(
                 raise ModelError(f"{path}: layer {name} is {record.out} x {record.in_}, not what config.json says")
         set_generation_config_(model, files)
         return Loaded(model, load_tokenizer(files))
+
+
+def _tensor(file: SctFile, entry: TensorEntry, dtype: torch.dtype | None) -> Tensor:
+    """A view of the mapping, or, of what will be cast, a copy: pages of the mapping would stay resident for nothing."""
+    if dtype is None or entry.dtype not in FLOATS or TORCH_DTYPES[entry.dtype] == dtype:
+        return mapped_tensor(file, entry)
+    return to_torch(file.read(entry.name))
 
 
 def assign_(

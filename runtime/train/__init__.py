@@ -5,7 +5,8 @@ from .checkpoint import restore, save_checkpoint, save_model
 from .data import Batch, TrainData, load_data
 from .loop import Progress, TrainState, start, train
 from .options import TrainError, TrainOptions
-from .run import Files, TeacherSource, run
+from .plan import estimate, fitted
+from .run import Files, TeacherSource, load_weights, run
 from .teacher import CachedTeacher, ModelTeacher, Teacher, write_cache
 
 __all__ = [
@@ -21,7 +22,10 @@ __all__ = [
     "TrainError",
     "TrainOptions",
     "TrainState",
+    "estimate",
+    "fitted",
     "load_data",
+    "load_weights",
     "restore",
     "run",
     "save_checkpoint",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ..head import Halves
-from ..memory import keeping_freed
+from ..memory import freed_memory
 from ..precision import products
 from ..retraction import absorb_, drift, retract, retract_, tangent
 from ..spectral import SpectralLayer
@@ -25,7 +25,7 @@ from .options import TrainError, TrainOptions
 from .reversal import reversing
 from .teacher import Teacher, divergence
 
-_LOGITS_BYTES: Final = 64 << 20
+LOGITS_BYTES: Final = 32 << 20
 """Logits that are held in float32 at once."""
 
 
@@ -71,7 +71,6 @@ class TrainState:
     history: list[Progress] = field(default_factory=list)
 
 
-@keeping_freed()
 def train(
     model: nn.Module,
     data: TrainData,
@@ -105,6 +104,7 @@ def train(
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(freed_memory(kept=not options.is_lean))
         stepping = stack.enter_context(_Stepping(model, state.optimizer if options.step_in_backward else None))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
@@ -276,7 +276,7 @@ class _Objective:
             raise TrainError(
                 f"the teacher has a vocabulary of {teacher.vocabulary}, the model one of {vocabulary}; they must be the same"
             )
-        self._rows = max(1, _LOGITS_BYTES // (4 * vocabulary))
+        self._rows = max(1, LOGITS_BYTES // (4 * vocabulary))
 
     def descend(self, batch: Batch, scale: float) -> float:
         """Adds the gradients of `scale` times the loss, summed over learned tokens; returns that.

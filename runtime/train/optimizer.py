@@ -70,6 +70,17 @@ class SpectralAdam(Optimizer):
                 (group, parameter) for group in self.param_groups for parameter in group["params"]
             )
         }
+        for parameter, (group, _) in self._places.items():
+            # at once, before what comes and goes: what stays is not to lie between that and keep its pages
+            kept = parameter.shape[-1:] if group["kind"] == "stiefel" else parameter.shape
+            state = self.state[parameter] = {"count": 0}
+            put_(
+                state,
+                "first",
+                torch.zeros_like(parameter, dtype=torch.float32),
+                momentum if parameter.ndim > 1 else "float32",
+            )
+            state["second"] = torch.zeros(kept, dtype=torch.float32, device=parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -100,8 +111,8 @@ class SpectralAdam(Optimizer):
         X = torch.stack([parameter.detach().float() for parameter in batch])
         gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
         gradient = self._tangent(X, torch.stack(gradients))
-        rows, columns = X.shape[-2:]
-        states = [self._state(parameter, (columns,)) for parameter in batch]
+        rows = X.shape[-2]
+        states = [self._state(parameter) for parameter in batch]
         first = torch.stack([get(state, "first") for state in states])
         second = torch.stack([state["second"] for state in states])
         first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
@@ -120,7 +131,7 @@ class SpectralAdam(Optimizer):
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         is_singular = group["kind"] == "singular"
-        state = self._state(parameter, tuple(parameter.shape))
+        state = self._state(parameter)
         gradient, value = parameter.grad.float(), parameter.float()
         if is_singular:
             gradient = gradient * value
@@ -139,13 +150,8 @@ class SpectralAdam(Optimizer):
             value = rounded(value, generator)
         parameter.copy_(value)
 
-    def _state(self, parameter: nn.Parameter, second: tuple[int, ...]) -> dict[str, Any]:
+    def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state["count"] = 0
-            zeros = torch.zeros_like(parameter, dtype=torch.float32)
-            put_(state, "first", zeros, self._momentum if parameter.ndim > 1 else "float32")
-            state["second"] = torch.zeros(second, dtype=torch.float32, device=parameter.device)
         state["count"] += 1
         return state
 

@@ -19,6 +19,8 @@ RETRACTIONS: Final = (*METHODS, "absorb", "none")
 SCHEDULES: Final = ("cosine", "wsd", "constant")
 OPTIMIZERS: Final = ("spectral", "adamw")
 PARTS: Final = ("all", "factors", "norms")
+LEVERS: Final = ("checkpointing", "micro_batch", "step_in_backward", "clip", "momentum", "weights")
+"""Options that cost time or precision and save memory."""
 CHECKPOINTINGS: Final = ("none", "blocks", "factors")
 
 
@@ -162,6 +164,11 @@ class TrainOptions:
             rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate)
         answers = {**rates, "bf16": self.weights == "bfloat16" or has_fast_bf16(device)}
         return replace(self, **{name: answer for name, answer in answers.items() if getattr(self, name) is None})
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether memory matters more than time."""
+        return self.checkpointing != "none" or self.step_in_backward
 
     def factor(self, step: int) -> float:
         """What all rates are multiplied with in a step, counted from 0."""

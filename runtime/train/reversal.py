@@ -32,8 +32,8 @@ def reversing(model: Any) -> Iterator[None]:
     Raises:
         TrainError: the model has no list of blocks, or one of them is, on its first pass, no such sum.
     """
-    blocks = next((child for child in model.base_model.children() if isinstance(child, nn.ModuleList)), None)
-    if blocks is None:
+    blocks = model_blocks(model)
+    if not blocks:
         raise TrainError("--checkpointing factors: the model has no list of blocks; use --checkpointing blocks")
     stream = _Stream()
     for place, block in enumerate(blocks):
@@ -43,6 +43,22 @@ def reversing(model: Any) -> Iterator[None]:
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
+
+
+def model_blocks(model: Any) -> list[nn.Module]:
+    """The blocks of a model's backbone, in order; none where it has no list of them."""
+    return list(next((child for child in model.base_model.children() if isinstance(child, nn.ModuleList)), []))
+
+
+def is_reversible(model: Any) -> bool:
+    """Whether all blocks are such sums, by trying three tokens."""
+    ids = torch.zeros(1, 3, dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        with reversing(model), torch.enable_grad():
+            model.base_model(input_ids=ids, use_cache=False)
+    except TrainError:
+        return False
+    return True
 
 
 class _Stream:
@@ -109,6 +125,10 @@ def recovered(y: Tensor, layers: Any, between: list[Tensor]) -> Tensor:
     return x
 
 
+def _autocast(tensor: Tensor, enabled: bool, dtype: torch.dtype) -> Any:
+    return torch.autocast(tensor.device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
 class _Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: _Block, args: Any, kwargs: Any) -> Tensor:
@@ -124,11 +144,10 @@ class _Reversal(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         block: _Block = ctx.block
         assert block.stream.state is not None and block.ends is not None
-        enabled, dtype = ctx.autocast
-        with torch.no_grad(), torch.autocast(gradients[0].device.type, dtype, enabled=enabled):
+        with torch.no_grad(), _autocast(gradients[0], *ctx.autocast):
             x = recovered(block.stream.state, block.ends, list(ctx.saved_tensors))
         block.stream.state = x
-        with torch.enable_grad(), torch.autocast(gradients[0].device.type, dtype, enabled=enabled):
+        with torch.enable_grad(), _autocast(gradients[0], *ctx.autocast):
             leaf = x.detach().requires_grad_()
             y = block.run(leaf, *ctx.args, **ctx.kwargs)
         torch.autograd.backward(y, gradients[0])

@@ -17,8 +17,10 @@ import torch
 from sctconv.formats.atomic import atomic_file, check_target
 from sctconv.formats.reader import SctFile
 
+from ..memory import peak_rss_bytes
 from ..model import load
 from ..skeleton import load_config, load_tokenizer
+from ..tensors import to_torch
 from ..texts import TextError
 from .checkpoint import restore, save_checkpoint, save_model
 from .data import TrainData, load_data
@@ -112,13 +114,10 @@ def run(
     check_target(files.output, overwrite=files.overwrite or files.resume is not None)
     began = time.perf_counter()
     with SctFile(files.model) as file:
-        options = options.resolved(torch.device(device), scratch=_is_fresh(file.index.metadata))
+        options = options.resolved(torch.device(device), scratch=is_fresh(file.index.metadata))
     data = _data(files.model, texts, options)
     taught_by = _teacher(teacher, data, options, on_asked)
-    model = load(files.model, dtype=getattr(torch, options.weights), device=device).model
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # a step on these is rounded away in bfloat16, and they are small
-            parameter.data = parameter.data.float()
+    model = load_weights(files.model, options.weights, device)
     state = start(model, options)
     identity = {"data": data.fingerprint(), "teacher": teacher.name if teacher else None}
     if files.resume is not None:
@@ -165,10 +164,27 @@ def run(
         "perplexity_before": math.exp(min(first, 700.0)),
         "tokens": state.step * options.batch * options.context,
         "seconds": time.perf_counter() - began,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
-def _is_fresh(metadata: Mapping[str, Any]) -> bool:
+def load_weights(path: Path, weights: str = "float32", device: torch.device | str = "cpu") -> Any:
+    """A model to be trained: matrices in the given dtype, vectors in float32, where a small step is not rounded away.
+
+    Raises:
+        FormatError: the file is damaged. ModelError: transformers cannot build the model.
+    """
+    dtype = getattr(torch, weights)
+    model = load(path, dtype=dtype, device=device).model
+    if dtype != torch.float32:
+        with SctFile(path) as file:
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 and name in file.index.tensors:
+                    parameter.data = to_torch(file.read(name)).to(parameter.device, torch.float32)
+    return model
+
+
+def is_fresh(metadata: Mapping[str, Any]) -> bool:
     """Whether a model was begun from nothing and never trained."""
     return "initialisation" in metadata and "training" not in metadata
 

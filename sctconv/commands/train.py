@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import DTYPE, print_json, progress_bar
+from .common import DTYPE, Size, print_json, progress_bar, size
 
 
 @click.command(short_help="Go on training a model's factors.")
@@ -85,6 +85,13 @@ from .common import DTYPE, print_json, progress_bar
     show_default=True,
     help="What matrices are trained in; bfloat16 is rounded at random.",
 )
+@click.option(
+    "--max-memory",
+    type=Size(),
+    metavar="SIZE",
+    help="Pull as many of these levers as keep the run within it, e.g. 8GiB.",
+)
+@click.option("--plan", is_flag=True, help="Print what the run would need in memory, part by part, and end.")
 @click.option("--teacher", metavar="SRC", help="Dense or factored model to learn the distribution of.")
 @click.option(
     "--teacher-cache",
@@ -121,6 +128,8 @@ def train(
     resume: str | None,
     device: str,
     overwrite: bool,
+    max_memory: int | None,
+    plan: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -132,13 +141,23 @@ def train(
     """
     from sctconv.errors import OptionError
     from sctconv.report.training import write_training_report
-    from sctconv.runtime.train import Files, TeacherSource, TrainOptions, run
+    from sctconv.runtime.train import Files, TeacherSource, TrainOptions, estimate, fitted, run
+    from sctconv.runtime.train.options import LEVERS
     from sctconv.sources.model import load_any, usable_device
 
     target = Path(output) if output else Path(Path(model).stem + "-trained.sct")
     options = TrainOptions(**settings)
     files = Files(Path(model), target, Path(resume) if resume else None, save_every, overwrite)
     place = usable_device(device)
+    if max_memory is not None:
+        options = fitted(model, options, max_memory, place)
+        levers = {name: getattr(options, name) for name in LEVERS}
+        click.echo(
+            f"within {size(max_memory)}: " + ", ".join(f"{name} {value}" for name, value in levers.items()), err=True
+        )
+    if plan:
+        _print_plan(estimate(model, options, place), as_json)
+        return
     if teacher_cache and not teacher:
         raise OptionError(f"--teacher-cache {teacher_cache}: of whom? give --teacher SRC too")
     taught_by = None
@@ -172,3 +191,11 @@ def train(
         f"(before {summary['perplexity_before']:.5g}); {summary['tokens']} tokens, {summary['seconds']:.0f} s"
     )
     click.echo(f"metrics: {summary['metrics']}   pictures: {summary['report']}")
+
+
+def _print_plan(parts: dict[str, int], as_json: bool) -> None:
+    if as_json:
+        print_json(parts)
+        return
+    for name, nbytes in parts.items():
+        click.echo(f"{name:16}{size(nbytes):>10}")

@@ -27,12 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-import sctconv
 from sctconv.convert.scratch import initial_files, initialise
 from sctconv.runtime.memory import peak_rss_bytes
 from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.spectral import SpectralLinear
-from sctconv.runtime.train import TrainOptions, load_data, train
+from sctconv.runtime.train import TrainOptions, load_data, load_weights, train
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.sources import open_source
 from tests.benchmarks.measure import ROOT, header
@@ -133,10 +132,7 @@ def ours(path: Path, settings: dict[str, Any], device: torch.device, steps: int)
         text = Path(directory) / "text.txt"
         text.write_text(WIKITEXT.with_name("valid.txt").read_text(encoding="utf-8")[:8000], encoding="utf-8")
         data = load_data([str(text)], tokenizer, context=CONTEXT, held_out=0.2)
-    model = sctconv.load(path, dtype=getattr(torch, options.weights), device=device).model
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data = parameter.data.float()
+    model = load_weights(path, options.weights, device)
     marks: list[float] = []
     found: dict[str, float] = {}
 
