@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import sctconv
-from sctconv import SctFile
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.retraction import drift
-from sctconv.runtime.train import TrainError, restore, save_checkpoint, start, train
+from sctconv.runtime.train import TrainError, load_weights, train
 from sctconv.runtime.train.moments import MOMENTA, get, put_, rounded
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.runtime.train.reversal import reversing
@@ -42,16 +41,8 @@ LOSSY: dict[str, dict[str, Any]] = {
 }
 
 
-def _narrow(model: Any, weights: str) -> Any:
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = parameter.data.to(getattr(torch, weights))
-    return model
-
-
 def _run(factored: Path, **changes: Any) -> tuple[Any, Any]:
-    model, data = sctconv.load(factored).model, windows(factored)
-    _narrow(model, changes.get("weights", "float32"))
+    model, data = load_weights(factored, changes.get("weights", "float32")), windows(factored)
     return model, train(model, data, quick(steps=20, clip=0.0, embedding_rate=1e-3, **changes))
 
 
@@ -77,30 +68,6 @@ def test_a_lossy_lever_comes_as_far(lever: str, factored: Path) -> None:
     begin, end = plain.history[0].loss, plain.best
     assert lean[1].best < end + 0.05 * (begin - end), (begin, end, lean[1].best)
     assert drift(lean[0]) < (5e-3 if "weights" in LOSSY[lever] else 1e-5)
-
-
-@pytest.mark.parametrize("lever", ["int8 momentum", "all"])
-def test_a_lean_run_resumes_bit_for_bit(lever: str, factored: Path, tmp_path: Path) -> None:
-    options, data = quick(clip=0.0, **LOSSY[lever]), windows(factored)
-    whole = _narrow(sctconv.load(factored).model, options.weights)
-    train(whole, data, options)
-    first = _narrow(sctconv.load(factored).model, options.weights)
-    state = start(first, options)
-
-    def stop(progress: Any) -> None:
-        if progress.step == 7:
-            raise KeyboardInterrupt
-
-    with SctFile(factored) as source:
-        with pytest.raises(KeyboardInterrupt):
-            train(first, data, options, state=state, on_step=stop)
-        save_checkpoint(first, source, state, options, {}, tmp_path / "c.sct")
-    assert not any(parameter._post_accumulate_grad_hooks for parameter in first.parameters())
-    second = _narrow(sctconv.load(tmp_path / "c.sct").model, options.weights)
-    state = restore(second, start(second, options), options, {}, tmp_path / "c.sct")
-    train(second, data, options, state=state)
-    for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
 
 
 def test_factors_alone_are_kept_between_the_passes(factored: Path) -> None:

@@ -23,6 +23,7 @@ from sctconv.runtime.train import (
     TrainError,
     TrainState,
     load_data,
+    load_weights,
     restore,
     run,
     save_checkpoint,
@@ -59,18 +60,27 @@ def test_the_dense_matrix_never_exists(factored: Path) -> None:
             assert not hasattr(layer, "weight")
 
 
-@pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"momentum": "int8"},
+        {"weights": "bfloat16", "bf16": True, "checkpointing": "factors", "step_in_backward": True, "clip": 0.0},
+    ],
+    ids=str,
+)
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
-    optimizer: str, factored: Path, tmp_path: Path
+    changes: dict[str, Any], factored: Path, tmp_path: Path
 ) -> None:
-    data, options = windows(factored), quick(optimizer=optimizer)
-    whole = sctconv.load(factored).model
+    data, options = windows(factored), quick(**changes)
+    whole = load_weights(factored, options.weights)
     train(whole, data, options)
 
     class StopError(Exception):
         pass
 
-    first = sctconv.load(factored).model
+    first = load_weights(factored, options.weights)
     state = start(first, options)
 
     def stop(progress: Any) -> None:
@@ -81,7 +91,8 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
         with pytest.raises(StopError):
             train(first, data, options, state=state, on_step=stop)
         save_checkpoint(first, source, state, options, FACTS, tmp_path / "c.sct")
-    second = sctconv.load(tmp_path / "c.sct").model
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in first.parameters())
+    second = load_weights(tmp_path / "c.sct", options.weights)
     state = restore(second, start(second, options), options, FACTS, tmp_path / "c.sct")
     assert state.step == 7
     train(second, data, options, state=state)
