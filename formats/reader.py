@@ -145,15 +145,23 @@ class SctFile:
         array.flags.writeable = False
         return array
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A tensor as `tensor` gives it, but a copy that was read: no page of the mapping stays resident for it.
+
+        Args:
+            name: of the tensor.
+            rows: which of its first dimension, in steps of one.
 
         Raises:
             MissingEntryError: there is no such tensor. TruncatedError: the file was cut meanwhile.
         """
         entry = self.entry(name)
-        data = self._pread_into(bytearray(entry.nbytes), entry.offset)
-        return np.frombuffer(data, dtype=numpy_dtype(entry.dtype)).reshape(entry.shape)
+        length = entry.shape[0] if entry.shape else 1
+        start, stop, _ = rows.indices(length)
+        width = entry.nbytes // length if length else 0
+        data = self._pread_into(bytearray(max(0, stop - start) * width), entry.offset + start * width)
+        shape = (max(0, stop - start), *entry.shape[1:]) if entry.shape else ()
+        return np.frombuffer(data, dtype=numpy_dtype(entry.dtype)).reshape(shape)
 
     def file(self, name: str) -> bytes:
         """An embedded file, checked against its sha256.

@@ -6,6 +6,7 @@ Weights are read when the file is written, one tensor at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -161,9 +162,9 @@ class Ops:
     def _table(self, name: str) -> Value:
         return self._weight(name, self.entry(name).shape, self.float, lambda: self._read(name))
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """float32; a factor that is quantised has the root of the singular values in it, so that both halves weigh the same."""
-        array = self.file.read(name).astype(np.float32, copy=False)
+        array = self.file.read(name, rows).astype(np.float32, copy=False)
         layer, _, letter = name.rpartition(".")
         if self.bits and layer in self.file.index.layers and letter in "UV":
             array *= np.sqrt(self.file.read(f"{layer}.s").astype(np.float32, copy=False))
@@ -176,8 +177,7 @@ class Ops:
         kind, dtype = (ir.DataType.UINT8, np.uint8) if bits == 8 else (ir.DataType.UINT4, uint4)
 
         def made() -> Codes:
-            array = self._read(name)
-            return quantised(array if transposed else array.T, bits)
+            return quantised(_FileRows(self._read, name, shape) if transposed else self._read(name).T, bits)
 
         def values() -> np.ndarray:
             rows = made().values(in_)
@@ -202,6 +202,18 @@ class Ops:
 
         lazy = ir.LazyTensor(tensor, dtype=kind, shape=ir.Shape(shape), name=name)
         return self.once(name, lambda: self.tape.initializer(lazy))
+
+
+@dataclass(frozen=True)
+class _FileRows:
+    """A tensor of the file of which only some rows are in memory."""
+
+    read: Callable[[str, slice], np.ndarray]
+    name: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.read(self.name, rows)
 
 
 _CODES: Final = (ir.DataType.UINT8, ir.DataType.UINT4)

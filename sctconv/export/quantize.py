@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ BITS: Final = {"int8": 8, "int4": 4}
 BLOCK: Final = 32
 """Weights that share a scale."""
 
-_SLAB: Final = 1 << 20
+_SLAB: Final = 1 << 18
 """Weights that are worked on at once: what that takes in float32 stays small beside the matrix."""
 
 
@@ -36,7 +36,18 @@ class Codes:
         return (steps * self.scales[..., None]).reshape(len(steps), -1)[:, :k]
 
 
-def quantised(rows: np.ndarray, bits: int) -> Codes:
+class Rows(Protocol):
+    """A matrix (n, k) of which some rows are looked at at once: an array, or what reads them from a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, k)."""
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Some rows, float."""
+
+
+def quantised(rows: Rows, bits: int) -> Codes:
     """The nearest codes of a matrix.
 
     Codes span each block's range, zero included, which is always met exactly.
@@ -53,8 +64,9 @@ def quantised(rows: np.ndarray, bits: int) -> Codes:
     slab = max(1, _SLAB // (blocks * BLOCK))
     for start in range(0, n, slab):
         part = slice(start, start + slab)
-        padded = np.zeros((len(rows[part]), blocks * BLOCK), np.float32)
-        padded[:, :k] = rows[part]
+        taken = rows[part]
+        padded = np.zeros((len(taken), blocks * BLOCK), np.float32)
+        padded[:, :k] = taken
         cut, most = padded.reshape(-1, blocks, BLOCK), 2**bits - 1
         low, high = cut.min(-1).clip(None, 0.0), cut.max(-1).clip(0.0, None)
         scales = (high - low) / np.float32(most)

@@ -158,3 +158,15 @@ def test_a_tensor_is_read_by_many_threads_at_once(large):
     with SctFile(large) as file:
         file.read(names[0])
         assert "mapping" not in vars(file)
+
+
+def test_rows_are_read_alone(tmp_path):
+    array = np.arange(60, dtype="<f4").reshape(12, 5)
+    with SctWriter(tmp_path / "m.sct") as writer:
+        writer.add_tensor("W", array)
+        writer.add_tensor("b", array[0, :1].reshape(()))
+        writer.commit()
+    with SctFile(tmp_path / "m.sct") as file:
+        for rows in (slice(None), slice(0, 3), slice(3, 40), slice(11, 12), slice(5, 5), slice(-2, None), slice(9, 2)):
+            assert (file.read("W", rows) == array[rows]).all() and file.read("W", rows).shape == array[rows].shape
+        assert file.read("b").shape == ()
