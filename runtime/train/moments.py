@@ -18,10 +18,16 @@ MOMENTA: Final = ("float32", "bfloat16", "int8")
 _ROWS: Final = 256
 
 
-def put_(state: dict[str, Any], name: str, value: Tensor, kind: str = "float32") -> None:
-    """Keeps a tensor (m,) or (m, k) float32; as it was kept before, if it was."""
-    if name not in state:
-        state[name] = torch.empty_like(value, dtype=getattr(torch, kind))
+def begin_(state: dict[str, Any], name: str, like: Tensor, kind: str) -> None:
+    """Keeps zeros of a tensor's shape (m,) or (m, k), in one of `MOMENTA`."""
+    state[name] = torch.zeros_like(like, dtype=getattr(torch, kind))
+    if kind == "int8":
+        columns = like[0].numel() if like.ndim > 1 else 1
+        state[f"{name}_scale"] = torch.zeros(-(-len(like) // _ROWS), columns, device=like.device)
+
+
+def put_(state: dict[str, Any], name: str, value: Tensor) -> None:
+    """Keeps a tensor float32 in the place of what was kept."""
     if state[name].dtype != torch.int8:
         state[name].copy_(value)
         return
@@ -29,7 +35,7 @@ def put_(state: dict[str, Any], name: str, value: Tensor, kind: str = "float32")
     scales = blocks.abs().amax(1, keepdim=True) / 127.0
     codes = (blocks / torch.where(scales == 0.0, 1.0, scales)).round_()
     state[name].copy_(codes.flatten(0, 1)[: len(value)].reshape(value.shape))
-    state[f"{name}_scale"] = scales.squeeze(1)
+    state[f"{name}_scale"].copy_(scales.squeeze(1))
 
 
 def get(state: dict[str, Any], name: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..tensors import by_shape
-from .moments import get, put_, rounded
+from .moments import begin_, get, put_, rounded
 
 _PRIME: Final = 1_000_003
 
@@ -74,12 +74,7 @@ class SpectralAdam(Optimizer):
             # at once, before what comes and goes: what stays is not to lie between that and keep its pages
             kept = parameter.shape[-1:] if group["kind"] == "stiefel" else parameter.shape
             state = self.state[parameter] = {"count": 0}
-            put_(
-                state,
-                "first",
-                torch.zeros_like(parameter, dtype=torch.float32),
-                momentum if parameter.ndim > 1 else "float32",
-            )
+            begin_(state, "first", parameter.detach(), momentum if parameter.ndim > 1 else "float32")
             state["second"] = torch.zeros(kept, dtype=torch.float32, device=parameter.device)
 
     @torch.no_grad()

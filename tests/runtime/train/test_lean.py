@@ -14,7 +14,7 @@ import sctconv
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.retraction import drift
 from sctconv.runtime.train import TrainError, load_weights, train
-from sctconv.runtime.train.moments import MOMENTA, get, put_, rounded
+from sctconv.runtime.train.moments import MOMENTA, begin_, get, put_, rounded
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.runtime.train.reversal import reversing
 from tests.models import save, tiny_model, tiny_tokenizer
@@ -103,7 +103,7 @@ def test_blocks_that_are_no_such_sum_are_named(tmp_path: Path) -> None:
 def test_a_moment_is_kept_to_its_precision(kind: str, shape: tuple[int, ...]) -> None:
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-4
     state: dict[str, Any] = {}
-    put_(state, "first", torch.zeros(shape), kind)
+    begin_(state, "first", torch.empty(shape), kind)
     assert torch.equal(get(state, "first"), torch.zeros(shape))
     put_(state, "first", value)
     share = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.5 / 127}[kind]
