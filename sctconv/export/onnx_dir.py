@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +124,7 @@ def export_onnx(
                     f"more than {tolerance:.0e}; nothing was kept"
                 )
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(Path(temporary) / "replaced")  # there until the new one is in its place
             made.rename(target)
         layers = len(file.index.layers)
     size = sum(path.stat().st_size for path in target.iterdir())
