@@ -165,10 +165,10 @@ class _Stepping:
         self._hooks: list[Any] = []
         if not isinstance(optimizer, SpectralAdam):
             return
-        ends = {id(parameter) for module in _ends(model) for parameter in module.parameters()}
+        at_ends = {id(parameter) for module in ends(model) for parameter in module.parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) not in ends:
+                if id(parameter) not in at_ends:
                     hook = self._hook(optimizer)
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
@@ -194,7 +194,7 @@ class _Stepping:
             hook.remove()
 
 
-def _ends(model: Any) -> list[nn.Module]:
+def ends(model: Any) -> list[nn.Module]:
     """Input embedding and head."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     return [module for module in modules if module is not None]
@@ -242,7 +242,7 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
 
 def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Parameter, str, float]]:
     """Every parameter with its kind and its rate, 0 for those that are not trained."""
-    heads = {id(parameter) for module in _ends(model) for parameter in module.parameters()}
+    heads = {id(parameter) for module in ends(model) for parameter in module.parameters()}
     seen: set[int] = set()
     adamw = options.optimizer == "adamw"
     for module in model.modules():

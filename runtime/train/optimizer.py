@@ -63,7 +63,7 @@ class SpectralAdam(Optimizer):
             if group["kind"] not in KINDS:
                 raise ValueError(f"kind {group['kind']!r}: one of {', '.join(KINDS)}")
         super().__init__(checked, {"betas": betas, "eps": eps, "weight_decay": weight_decay, "rate": 0.0})
-        self._tangent, self._retract, self._momentum, self._seed = tangent, retract, momentum, seed
+        self._tangent, self._retract, self._seed = tangent, retract, seed
         self._places = {
             parameter: (group, place)
             for place, (group, parameter) in enumerate(

@@ -6,7 +6,6 @@ counted from shapes. A teacher in the same memory comes on top.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
 from sctconv.formats.reader import SctFile
 
@@ -24,12 +24,11 @@ from ..model import load
 from ..precision import products
 from ..skeleton import build_skeleton, factor_, load_config
 from ..spectral import SpectralLayer
-from .loop import LOGITS_BYTES, start
+from .loop import LOGITS_BYTES, ends, start
 from .options import TrainError, TrainOptions
 from .reversal import is_reversible, model_blocks
 from .run import is_fresh
 
-_BYTES: Final = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / 256}
 _LOGITS: Final = 4.5
 """Logits in float32 at once: themselves, in bfloat16, their logarithms, the gradient of both."""
 _STEP: Final = 5
@@ -55,20 +54,20 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
         factor_(model, {name: record.rank for name, record in file.index.layers.items()})
     with FakeTensorMode(allow_non_fake_inputs=True):
         _imagine_(model, getattr(torch, options.weights))
-        groups = start(model, options).optimizer.param_groups
-        trained = [(parameter, group) for group in groups for parameter in group["params"]]
+        optimizer = start(model, options).optimizer
+        trained = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
         kept, block = _activations(model, options)
     largest = max(parameter.numel() for parameter, _ in trained)
-    ends = {id(parameter) for parameter in _ends(model)}
+    at_ends = {id(parameter) for module in ends(model) for parameter in module.parameters()}
     at_once = options.step_in_backward and options.batch == options.micro_batch
-    held = [parameter for parameter, _ in trained if not at_once or id(parameter) in ends]
+    held = [parameter for parameter, _ in trained if not at_once or id(parameter) in at_ends]
     vocabulary = int(model.config.get_text_config().vocab_size)
     tokens = options.micro_batch * options.context
     parts = {
         "libraries": libraries,
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
-        "first moments": int(sum(_first(parameter, options) for parameter, _ in trained)),
-        "second moments": sum(4 * _second(parameter, group, options) for parameter, group in trained),
+        "first moments": sum(_kept(optimizer, parameter, "first", "first_scale") for parameter, _ in trained),
+        "second moments": sum(_kept(optimizer, parameter, "second") for parameter, _ in trained),
         "gradients": sum(parameter.nbytes for parameter in held) + (4 * largest if at_once else 0),
         "activations": kept + block,
         "logits": int(_LOGITS * min(LOGITS_BYTES, 4 * tokens * vocabulary)),
@@ -172,18 +171,10 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _ends(model: Any) -> Iterator[nn.Parameter]:
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        with contextlib.suppress(AttributeError):
-            yield from module.parameters()
-
-
-def _first(parameter: nn.Parameter, options: TrainOptions) -> float:
-    return parameter.numel() * (_BYTES[options.momentum] if parameter.ndim > 1 else 4.0)
-
-
-def _second(parameter: nn.Parameter, group: dict[str, Any], options: TrainOptions) -> int:
-    return parameter.shape[-1] if group.get("kind") == "stiefel" else parameter.numel()
+def _kept(optimizer: Optimizer, parameter: nn.Parameter, *names: str) -> int:
+    """Bytes of an optimiser's state; torch's AdamW, which makes it at its first step, keeps each moment in float32."""
+    state = optimizer.state.get(parameter)
+    return sum(state[name].nbytes for name in names if name in state) if state else 4 * parameter.numel()
 
 
 def _moving(trained: list[tuple[nn.Parameter, dict[str, Any]]], options: TrainOptions) -> int:

@@ -45,13 +45,11 @@ class Ops:
         """The only output of a node."""
         return self.tape.op(kind, inputs, attributes)
 
-    def ops(self, kind: str, *inputs: Value | None, outputs: int, **attributes: Any) -> Sequence[Value]:
-        """All outputs of a node."""
-        return self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs)
-
-    def microsoft(self, kind: str, *inputs: Value | None, outputs: int, **attributes: Any) -> Sequence[Value]:
-        """All outputs of a node that onnxruntime alone knows."""
-        return self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain="com.microsoft")
+    def ops(
+        self, kind: str, *inputs: Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> Sequence[Value]:
+        """All outputs of a node; `com.microsoft` is the domain of those that onnxruntime alone knows."""
+        return self.tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain)
 
     def constant(self, value: Any, dtype: Any) -> Value:
         """A small constant, once."""
@@ -116,10 +114,9 @@ class Ops:
         if self.bits:
             codes = self._codes(name, transposed, bits or self.bits)
             return self.op("MatMul", x, self.op("DequantizeLinear", *codes, axis=0, block_size=BLOCK))
-        shape = self.entry(name).shape
         if not transposed:
-            return self.op("MatMul", x, self._weight(name, shape, self.float, lambda: self._read(name)))
-        M = self._weight(f"{name}.T", shape[::-1], self.float, lambda: self._read(name).T)
+            return self.op("MatMul", x, self._table(name))
+        M = self._weight(f"{name}.T", self.entry(name).shape[::-1], self.float, lambda: self._read(name).T)
         return self.op("MatMul", x, M)
 
     def gather(self, name: str, rows: Value) -> Value:

@@ -11,6 +11,8 @@ from .decoder_spec import LayerKind, Rotary
 from .onnx_graph import Decoder
 from .onnx_ops import Value
 
+_MICROSOFT: Final = "com.microsoft"
+
 
 class StandardDecoder(Decoder):
     """Opset 23's Attention, RotaryEmbedding and RMSNormalization: any onnxruntime since 1.23.
@@ -76,7 +78,9 @@ class OnnxruntimeDecoder(StandardDecoder):
         if spec.attention_softcap is not None:
             attributes["softcap"] = spec.attention_softcap
         seen, total = self.once("seen", self.seen), self.once("total", self.total)
-        mixed, *present = self.microsoft("GroupQueryAttention", q, k, v, *past, seen, total, outputs=3, **attributes)
+        mixed, *present = self.ops(
+            "GroupQueryAttention", q, k, v, *past, seen, total, outputs=3, domain=_MICROSOFT, **attributes
+        )
         return mixed, (present[0], present[1])
 
     def seen(self) -> Value:
@@ -94,8 +98,14 @@ class OnnxruntimeDecoder(StandardDecoder):
         if delta is None or norm is None or self.spec.norm.kind != "rms":
             return super().added(x, delta, norm)
         weight = self.vector(f"{norm}.weight", self.spec.norm.offset)
-        normed, *_, total = self.microsoft(
-            "SkipSimplifiedLayerNormalization", x, delta, weight, epsilon=self.spec.norm.eps, outputs=4
+        normed, *_, total = self.ops(
+            "SkipSimplifiedLayerNormalization",
+            x,
+            delta,
+            weight,
+            epsilon=self.spec.norm.eps,
+            outputs=4,
+            domain=_MICROSOFT,
         )
         return total, normed
 

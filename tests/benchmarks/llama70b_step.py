@@ -91,10 +91,10 @@ def _layer(in_: int, out: int) -> SpectralLinear:
     return layer
 
 
-def paper(device: torch.device, steps: int) -> dict[str, float]:
+def paper(device: torch.device, steps: int, layers: int) -> dict[str, float]:
     """Seconds of the last step, part by part."""
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(Block().to(device) for _ in range(LAYERS)))
+    blocks = nn.Sequential(*(Block().to(device) for _ in range(layers)))
     factors = [parameter for parameter in blocks.parameters() if parameter.ndim == 2]
     optimizer = torch.optim.AdamW(blocks.parameters(), lr=5e-4)
     x, clock, marks = torch.randn(8, HIDDEN, device=device), _clock(device), [0.0]
@@ -192,7 +192,7 @@ def main() -> None:
         (row,) = arguments.rows
         settings = ROWS[row]
         parts = (
-            paper(device, arguments.steps)
+            paper(device, arguments.steps, arguments.layers)
             if settings is None
             else ours(arguments.model, settings, device, arguments.steps)
         )
@@ -210,7 +210,14 @@ def main() -> None:
                 (Path(directory) / "config.json").write_text(config(arguments.layers).to_json_string())
                 initialise(initial_files(str(Path(directory) / "config.json")), model, rank=RANK, embeddings=True)
             command = [sys.executable, "-m", "tests.benchmarks.llama70b_step", "--rows", row, "--model", str(model)]
-            command += ["--steps", str(arguments.steps), "--device", arguments.device]
+            command += [
+                "--steps",
+                str(arguments.steps),
+                "--device",
+                arguments.device,
+                "--layers",
+                str(arguments.layers),
+            ]
             result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(result.stdout.splitlines()[-1])
             both = found.get("forward + backward", found.get("forward", 0.0) + found.get("backward", 0.0))
