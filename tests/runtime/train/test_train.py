@@ -12,31 +12,23 @@ import torch
 from click.testing import CliRunner
 
 import sctconv
-from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.formats.errors import SctError
 from sctconv.runtime.retraction import drift, retract, tangent
-from sctconv.runtime.spectral import SpectralLayer, SpectralLinear
+from sctconv.runtime.spectral import SpectralLinear
 from sctconv.runtime.train import (
     Files,
     ModelTeacher,
     TrainError,
     TrainState,
     load_data,
-    load_weights,
-    restore,
     run,
-    save_checkpoint,
-    save_model,
-    start,
     train,
 )
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.runtime.verify import verify
 from tests.models import tiny_model
 from tests.training import quick, windows
-
-FACTS = {"data": "ab", "teacher": None}
 
 
 @pytest.mark.parametrize("retraction", ["qr", "polar", "householder", "absorb"])
@@ -58,97 +50,6 @@ def test_the_dense_matrix_never_exists(factored: Path) -> None:
         if isinstance(layer, SpectralLinear):
             assert layer.U.grad is not None and layer.U.grad.shape == layer.U.shape
             assert not hasattr(layer, "weight")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"optimizer": "adamw"},
-        {"momentum": "int8"},
-        {"weights": "bfloat16", "bf16": True, "checkpointing": "factors", "step_in_backward": True, "clip": 0.0},
-    ],
-    ids=str,
-)
-def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
-    changes: dict[str, Any], factored: Path, tmp_path: Path
-) -> None:
-    data, options = windows(factored), quick(**changes)
-    whole = load_weights(factored, options.weights)
-    train(whole, data, options)
-
-    class StopError(Exception):
-        pass
-
-    first = load_weights(factored, options.weights)
-    state = start(first, options)
-
-    def stop(progress: Any) -> None:
-        if progress.step == 7:
-            raise StopError
-
-    with SctFile(factored) as source:
-        with pytest.raises(StopError):
-            train(first, data, options, state=state, on_step=stop)
-        save_checkpoint(first, source, state, options, FACTS, tmp_path / "c.sct")
-    assert not any(parameter._post_accumulate_grad_hooks for parameter in first.parameters())
-    second = load_weights(tmp_path / "c.sct", options.weights)
-    state = restore(second, start(second, options), options, FACTS, tmp_path / "c.sct")
-    assert state.step == 7
-    train(second, data, options, state=state)
-    for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
-
-
-def test_a_checkpoint_is_a_valid_file_however_the_singular_values_stand(factored: Path, tmp_path: Path) -> None:
-    model, data, options = sctconv.load(factored).model, windows(factored), quick(steps=2, optimizer="adamw")
-    state = train(model, data, options)
-    generator = torch.Generator().manual_seed(0)
-    layers = [layer for layer in model.modules() if isinstance(layer, SpectralLayer)]
-    for layer in layers:
-        layer.s.data = torch.randn(layer.s.shape, generator=generator)
-    with SctFile(factored) as source:
-        save_checkpoint(model, source, state, options, FACTS, tmp_path / "c.sct")
-    verify(tmp_path / "c.sct")
-    ids = data.held_out.windows[:1]
-    loaded = sctconv.load(tmp_path / "c.sct").model
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
-    restore(loaded, start(loaded, options), options, FACTS, tmp_path / "c.sct")
-    for (name, one), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
-
-
-def test_another_run_is_not_resumed(factored: Path, tmp_path: Path) -> None:
-    model, data, options = sctconv.load(factored).model, windows(factored), quick(steps=2)
-    state = train(model, data, options)
-    with SctFile(factored) as source:
-        save_checkpoint(model, source, state, options, FACTS, tmp_path / "c.sct")
-        save_model(model, source, tmp_path / "m.sct", training={})
-    fresh = start(model, options)
-    with pytest.raises(TrainError, match=r"c.sct: was made with seed 0, not 1"):
-        restore(model, fresh, quick(steps=2, seed=1), FACTS, tmp_path / "c.sct")
-    for name, value in {"data": "cd", "teacher": "large"}.items():
-        with pytest.raises(TrainError, match=f"was made with {name} {FACTS[name]}, not {value}"):
-            restore(model, fresh, options, {**FACTS, name: value}, tmp_path / "c.sct")
-    with pytest.raises(TrainError, match="a model, not a checkpoint"):
-        restore(model, fresh, options, FACTS, tmp_path / "m.sct")
-
-
-def test_what_was_trained_is_what_is_saved(factored: Path, tmp_path: Path) -> None:
-    model, data = sctconv.load(factored).model, windows(factored)
-    train(model, data, quick())
-    ids = data.held_out.windows[:1]
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        with SctFile(factored) as source:
-            save_model(model, source, tmp_path / "n.sct", training={"steps": 12})
-        after = sctconv.load(tmp_path / "n.sct").model(input_ids=ids).logits
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-    verify(tmp_path / "n.sct")
-    with SctFile(tmp_path / "n.sct") as file:
-        assert file.index.metadata["training"] == {"steps": 12}
-        assert all(record.energy is None and record.error is None for record in file.index.layers.values())
 
 
 @pytest.mark.parametrize(("part", "moving"), [("factors", "U"), ("norms", "norm"), ("all", "")])
