@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,9 +34,46 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise output_error(target, error) from error
-    temporary = Path(name)
+    with _placed(os.fdopen(descriptor, "w+b"), Path(name), target, overwrite=overwrite) as file:
+        yield file
+
+
+def part_path(path: str | os.PathLike[str]) -> Path:
+    """Where a file is while it is made and may be gone on with: `NAME.part`."""
+    return Path(path).with_name(f"{Path(path).name}.part")
+
+
+@contextlib.contextmanager
+def part_file(
+    path: str | os.PathLike[str], *, overwrite: bool = False, is_worth_keeping: Callable[[], bool] = lambda: True
+) -> Iterator[BinaryIO]:
+    """As `atomic_file`, but under a name that another process finds: what stands at `part_path` is opened, not replaced.
+
+    Args:
+        path: the target; its directory must exist.
+        overwrite: whether a file that stands there may be replaced.
+        is_worth_keeping: asked after an exception: whether the unfinished file stays.
+
+    Raises:
+        OutputError: the target exists, is a directory, cannot be written, or the disk is full.
+    """
+    target, part = Path(path), part_path(path)
+    check_target(target, overwrite=overwrite)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        raise output_error(part, error) from error
+    with _placed(os.fdopen(descriptor, "r+b"), part, target, overwrite=overwrite, keeps=is_worth_keeping) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _placed(
+    file: BinaryIO, temporary: Path, target: Path, *, overwrite: bool, keeps: Callable[[], bool] = lambda: False
+) -> Iterator[BinaryIO]:
+    """Renames a file that is being written to its target at the end; or removes it, unless an exception is to keep it."""
+    try:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -44,11 +81,13 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         check_target(target, overwrite=overwrite)
         temporary.replace(target)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        kept = keeps()
+        if not kept:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         # An operation on an open file carries no name; one with another name failed on some other file.
         if isinstance(error, OSError) and (error.filename is None or Path(error.filename) == temporary):
-            raise output_error(target, error) from error
+            raise output_error(target, error, kept=temporary if kept else None) from error
         raise
     _fsync_directory(target.parent)
 
@@ -74,13 +113,14 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target}: no permission to write in {target.parent}")
 
 
-def output_error(target: Path, error: OSError) -> OutputError:
-    """An operating system's error while writing `target`, as one line with the way out."""
+def output_error(target: Path, error: OSError, *, kept: Path | None = None) -> OutputError:
+    """An operating system's error while writing `target`, as one line with the way out, and what was kept."""
+    left = f"what is done is in {kept.name}" if kept else "nothing was kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{target}: no space left on the disk; free some or write elsewhere; nothing was kept")
+        return OutputError(f"{target}: no space left on the disk; free some or write elsewhere; {left}")
     if error.errno == errno.EFBIG:
-        return OutputError(f"{target}: file size limit reached (ulimit -f or the filesystem's); nothing was kept")
-    return OutputError(f"{target}: cannot be written ({error.strerror or error}); nothing was kept")
+        return OutputError(f"{target}: file size limit reached (ulimit -f or the filesystem's); {left}")
+    return OutputError(f"{target}: cannot be written ({error.strerror or error}); {left}")
 
 
 def _umask() -> int:

@@ -31,6 +31,8 @@ from .layout import HEAD_BYTES, MAGIC, TAIL_BYTES, Head, Tail, align
 CHUNK_BYTES: Final = 16 << 20
 """How much is read at a time where a whole blob is walked: its pages are given back after each piece."""
 
+UNFINISHED: Final = "the conversion was not finished; go on with `sctconv convert --resume`, or convert again"
+
 
 class SctFile:
     """An open .sct file.
@@ -67,7 +69,7 @@ class SctFile:
             data = self._pread(self.tail.index_offset, self.tail.index_nbytes)
             self.index: Final = Index.unpack(data, self.tail)
             if not self.index.complete and not allow_incomplete:
-                raise IncompleteError("the conversion was not finished; convert again")
+                raise IncompleteError(UNFINISHED)
             if self.index.complete and self.nbytes > end:
                 raise TrailingDataError(f"{self.nbytes - end} bytes follow its end at {end}; it is damaged")
         except FormatError as error:

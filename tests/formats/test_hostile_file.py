@@ -92,7 +92,7 @@ END = 64 + 64 * 7  # where the sample's index begins
         pytest.param({"sha256": bytes(range(32))}, IndexChecksumError, "does not match its sha256", id="sha256"),
         pytest.param({"index_text": b""}, IndexSyntaxError, "not valid JSON", id="no index"),
         pytest.param({"trailing": b"\0"}, TrailingDataError, "1 bytes follow its end", id="trailing"),
-        pytest.param({("complete",): False}, IncompleteError, "not finished; convert again", id="incomplete"),
+        pytest.param({("complete",): False}, IncompleteError, "not finished; go on with", id="incomplete"),
     ],
 )
 def test_a_wrong_head_or_tail_is_refused(refused, parts, edits, error, message):
