@@ -87,7 +87,7 @@ def _placed(
                 temporary.unlink()
         # An operation on an open file carries no name; one with another name failed on some other file.
         if isinstance(error, OSError) and (error.filename is None or Path(error.filename) == temporary):
-            raise output_error(target, error, kept=temporary if kept else None) from error
+            raise output_error(target, error, is_kept=kept) from error
         raise
     _fsync_directory(target.parent)
 
@@ -113,14 +113,14 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target}: no permission to write in {target.parent}")
 
 
-def output_error(target: Path, error: OSError, *, kept: Path | None = None) -> OutputError:
-    """An operating system's error while writing `target`, as one line with the way out, and what was kept."""
-    left = f"what is done is in {kept.name}" if kept else "nothing was kept"
+def output_error(target: Path, error: OSError, *, is_kept: bool = False) -> OutputError:
+    """An operating system's error while writing `target`, as one line with the way out."""
+    end = "" if is_kept else "; nothing was kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{target}: no space left on the disk; free some or write elsewhere; {left}")
+        return OutputError(f"{target}: no space left on the disk; free some or write elsewhere{end}")
     if error.errno == errno.EFBIG:
-        return OutputError(f"{target}: file size limit reached (ulimit -f or the filesystem's); {left}")
-    return OutputError(f"{target}: cannot be written ({error.strerror or error}); {left}")
+        return OutputError(f"{target}: file size limit reached (ulimit -f or the filesystem's){end}")
+    return OutputError(f"{target}: cannot be written ({error.strerror or error}){end}")
 
 
 def _umask() -> int:

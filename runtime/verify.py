@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sctconv.formats.errors import SctError
+from sctconv.formats.errors import IncompleteError, SctError
 from sctconv.formats.index import LayerRecord
-from sctconv.formats.reader import SctFile
+from sctconv.formats.reader import UNFINISHED, SctFile
 
 from .linalg import check_finite, orthonormality
 from .tensors import TORCH_DTYPES, mapped_tensor
@@ -44,10 +44,11 @@ def verify(
     Rounding to a narrow dtype moves X^T X from I; what `tolerance` allows is that and no more.
 
     Raises:
-        FormatError: the index or a blob is damaged. NonFiniteError: a tensor holds NaN or infinity.
+        FormatError: the index or a blob is damaged. IncompleteError: all that is there is good, but a conversion was not
+            finished. NonFiniteError: a tensor holds NaN or infinity.
         FactorError: factors are not orthonormal or singular values not descending.
     """
-    with SctFile(path) as file:
+    with SctFile(path, allow_incomplete=True) as file:
         index = file.index
         total, done, worst = float(sum(entry.nbytes for entry in index.tensors.values())), 0.0, 0.0
         for entry in index.tensors.values():
@@ -60,9 +61,13 @@ def verify(
                 progress(done, total, entry.name)
         for blob in index.files.values():
             file.verify(blob)
-        file.verify_padding()
         for record in index.layers.values():
             worst = max(worst, _check_factors(file, record))
+        if not index.complete:  # what lies between blobs is no padding yet
+            raise IncompleteError(
+                f"{path}: {UNFINISHED}; the {len(index.tensors)} tensors and {len(index.layers)} layers that are there are good"
+            )
+        file.verify_padding()
         return Verification(file.nbytes, len(index.tensors), len(index.layers), len(index.files), worst)
 
 

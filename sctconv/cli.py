@@ -35,7 +35,7 @@ class _Group(click.Group):
         try:
             return super().invoke(context)
         except SctError as error:
-            self._fail(str(error), error.exit_code)
+            self._fail("; ".join([str(error), *_notes(error)]), error.exit_code)
         except MemoryError:
             self._fail("out of memory; a smaller model, rank or context needs less", 1)
         except BrokenPipeError:
@@ -44,8 +44,8 @@ class _Group(click.Group):
         except OSError as error:
             named = f"{error.filename}: " if error.filename else ""
             self._fail(f"{named}{error.strerror or error}", 1)
-        except KeyboardInterrupt:
-            self._fail("interrupted; nothing half-written was left", INTERRUPTED)
+        except KeyboardInterrupt as error:
+            self._fail("; ".join(["interrupted", *(_notes(error) or ["nothing half-written was left"])]), INTERRUPTED)
 
     @staticmethod
     def _fail(message: str, code: int) -> None:
@@ -59,6 +59,10 @@ def main() -> None:
     """Language models whose linear layers are truncated SVD factors, W = U diag(s) V^T."""
     # a terminated run cleans up like an interrupted one
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

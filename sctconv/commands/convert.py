@@ -69,7 +69,8 @@ _DEFAULT_CALIBRATION: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
 @click.option("--device", default="cpu", show_default=True, help="Where the work is done, e.g. cuda.")
 @click.option("--low-disk", is_flag=True, help="From the Hub: keep one shard on the disk at a time.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write OUT.report.html beside OUT.sct.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT.sct and its report if they exist.")
+@click.option("--resume", is_flag=True, help="Go on from a stopped conversion to OUT.sct, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.sct, its report and a stopped conversion if they exist.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the size, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert(
@@ -81,6 +82,7 @@ def convert(
     data_free: bool,
     low_disk: bool,
     report: bool,
+    resume: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -118,7 +120,10 @@ def convert(
     from sctconv.convert.pipeline import convert as run
 
     with progress_bar("converting", quiet=as_json) as progress:
-        done = run(source, output, options, overwrite=overwrite, low_disk=low_disk, report=report, progress=progress)
+        done = run(
+            source, output, options,
+            overwrite=overwrite, resume=resume, low_disk=low_disk, report=report, progress=progress,
+        )  # fmt: skip
     print_json(_report_json(done)) if as_json else _print_report(done)
 
 

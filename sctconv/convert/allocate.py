@@ -97,7 +97,7 @@ def allocate(
     metrics: Mapping[str, Metric],
     *,
     progress: Progress | None = None,
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[dict[str, int | None], dict[str, Any]]:
     """Distributes the parameters that a plan gives to its factored layers by what they are worth.
 
     Args:
@@ -109,7 +109,7 @@ def allocate(
         progress: called with the share of the work done and a word on it.
 
     Returns:
-        The plan with its new ranks, and what led to them, for the file's index.
+        Each layer's rank, see `with_ranks`, and what led to them, for the file's index.
 
     Raises:
         OptionError: the memory is too small for it.
@@ -154,7 +154,7 @@ def allocate(
         ],
         "layer_kl": {name: sensitivity.kl for name, sensitivity in sensitivities.items()},
     }
-    return _with_ranks(plan, best.ranks), facts
+    return best.ranks, facts
 
 
 def measure(
@@ -302,7 +302,8 @@ def _put(module: nn.Module, name: str, child: nn.Module) -> None:
     setattr(module.get_submodule(parent), last, child)
 
 
-def _with_ranks(plan: Plan, ranks: Mapping[str, int | None]) -> Plan:
+def with_ranks(plan: Plan, ranks: Mapping[str, int | None]) -> Plan:
+    """A plan with each layer's rank, None for one that stays dense."""
     layers = {}
     for weight, layer in plan.layers.items():
         if layer.name in ranks:

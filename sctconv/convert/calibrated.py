@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,15 +16,16 @@ from sctconv.runtime.precision import has_fast_bf16
 from sctconv.runtime.skeleton import linear_layers, load_tokenizer
 from sctconv.sources.weights import DenseModel
 
-from .allocate import TRIAL_TOKENS, TRIALS, allocate
-from .budget import plan_memory
+from .allocate import TRIAL_TOKENS, TRIALS, allocate, with_ranks
+from .budget import MemoryPlan, plan_memory
 from .calibration import Calibration, CalibrationError, load_calibration
 from .decoder import Decoder
 from .fit import DenseFit, Fit
+from .fit_store import FitStore
 from .gradients import output_metrics
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, is_fittable
-from .refine import BLOCK_STEPS, STEP_WINDOWS, model_bytes, tune_model
+from .refine import BLOCK_STEPS, STEP_WINDOWS, Tuned, model_bytes, tune_model
 from .sweep import Sweep, SweptBlock
 
 _METRIC_TOKENS: Final = 8192
@@ -48,23 +49,22 @@ def read_texts(model: DenseModel, options: ConvertOptions) -> Calibration:
 class Calibrated:
     """Gives each layer its fit; the sweep goes on, in forward order, as far as the tensor asked for.
 
-    Tensors are written in the order of the shards, which is nearly always that of the blocks; where it is not, the fits
-    that are made on the way wait in memory. Where the whole model is tuned after the sweep, all of them do.
+    Tensors are written in the order of the shards, which is nearly always that of the blocks. Where the whole model is tuned
+    after the sweep, all of it is in memory.
 
     Args:
         model: the dense checkpoint.
         plan: which layers, at which ranks.
-        options: texts, and how.
-        directory: where hidden states go that do not fit into memory.
+        options: how.
+        texts: windows to calibrate on.
+        store: takes what is found, and has what an earlier run found; hidden states that do not fit into memory go beside it.
         progress: called with the share of the work that is done and a word on it.
 
     Attributes:
         plan: the same with its ranks allocated.
-        dense: layers that were fitted and stay dense.
         memory: how the sweep keeps to its budget.
 
     Raises:
-        CalibrationError: a text is missing or too short, or the model has no tokenizer.
         OptionError: the layers are not in decoder blocks, or the memory allowed is too small.
     """
 
@@ -73,19 +73,15 @@ class Calibrated:
         model: DenseModel,
         plan: Plan,
         options: ConvertOptions,
-        directory: Path,
+        texts: Calibration,
+        store: FitStore,
         *,
         progress: Callable[[float, str], None] | None = None,
     ) -> None:
         self._model, self._options, self._shapes = model, options, linear_layers(model.skeleton)
-        self._texts = texts = read_texts(model, options)
-        self._progress = progress
+        self._texts, self._store, self._progress = texts, store, progress
         decoder = self._decoder(plan)
-        tokens = texts.fit.numel() + texts.held_out.numel()
-        bf16 = has_fast_bf16(decoder.device) if options.bf16 is None else options.bf16
-        self.memory = plan_memory(
-            decoder, tokens, texts.context, limit=options.max_memory, directory=directory, bf16=bf16
-        )
+        self.memory = self._memory_plan(decoder)
         widest = max(n for _, n in decoder.shapes)
         if options.energy and widest > self.memory.gram_side:
             raise OptionError(
@@ -98,14 +94,17 @@ class Calibrated:
         self._work = {
             "metric": 4.0 * batch * len(batches) * texts.context,
             "allocation": 1.5 * TRIALS * TRIAL_TOKENS if options.allocate == "measured" else 0.0,
-            "sweep": float(tokens),
+            "sweep": float(texts.fit.numel() + texts.held_out.numel()),
             "tuning": 4.0 * options.refine * STEP_WINDOWS * texts.context if self._tunes_model else 0.0,
         }
-        metrics = output_metrics(decoder, batches, self.memory, progress=self._stage("metric"))
+        metrics = store.metrics(lambda: output_metrics(decoder, batches, self.memory, progress=self._stage("metric")))
         self.plan, self._allocation = plan, None
         if options.allocate == "measured":
             stage = self._stage("allocation")
-            self.plan, self._allocation = allocate(decoder, plan, texts, self.memory, metrics, progress=stage)
+            ranks, self._allocation = store.once(
+                "allocation", lambda: allocate(decoder, plan, texts, self.memory, metrics, progress=stage)
+            )
+            self.plan = with_ranks(plan, ranks)
             decoder = self._decoder(self.plan)
         planned = _planned(self.plan)
         self._sweep = Sweep(
@@ -116,18 +115,16 @@ class Calibrated:
             energies={layer.name: options.energy for layer in planned if layer.rank is None and options.energy},
             metrics=metrics,
             refine=min(options.refine, BLOCK_STEPS),
+            done=store.block,
             progress=self._stage("sweep"),
         )
         self._blocks: Iterator[SweptBlock] = self._sweep.run()
         self._pending = {*decoder.layers, *decoder.others}
         if options.refine:  # a block's norms are asked for before its layers, and are not final until it is refined
             self._pending |= {name.rpartition(".")[0] for name in model.tensors if name.startswith(f"{decoder.path}.")}
-        self._factors: dict[str, Fit] = {}
-        self._tensors: dict[str, np.ndarray] = {}
-        self._refinement: list[list[float]] = []
-        self._tuning: list[float] | None = None
-        self._tuned_loss = math.nan
-        self.dense: set[str] = set()
+        for record in store.records:
+            self._settle(record["name"])
+        self._tuned: Tuned | None = None
 
     def _decoder(self, plan: Plan) -> Decoder:
         """The decoder that holds a plan's layers."""
@@ -135,6 +132,17 @@ class Calibrated:
         others = [name for name in self._shapes if name not in names and is_fittable(self._model, name)]
         others = others if self._options.refit else []
         return Decoder(self._model, names, others, device=self._options.device)
+
+    def _memory_plan(self, decoder: Decoder) -> MemoryPlan:
+        """What fits today; but what decides the numbers stays as it was when the conversion was begun."""
+        options, texts = self._options, self._texts
+        tokens = texts.fit.numel() + texts.held_out.numel()
+        bf16 = has_fast_bf16(decoder.device) if options.bf16 is None else options.bf16
+        memory = plan_memory(
+            decoder, tokens, texts.context, limit=options.max_memory, directory=self._store.directory, bf16=bf16
+        )
+        decisive = ("batch", "gram_side", "dual_tokens", "bf16")
+        return replace(memory, **self._store.once("memory", lambda: {key: getattr(memory, key) for key in decisive}))
 
     def _stage(self, stage: str) -> Callable[[float, str], None]:
         """Turns the progress of a stage into that of the whole."""
@@ -147,35 +155,55 @@ class Calibrated:
 
         return report
 
-    def fit(self, layer: str) -> Fit | None:
-        """A layer's fit, once; None where it stays dense or calibration cannot reach it (outside the blocks, an expert)."""
+    def fit(self, layer: str) -> Fit | DenseFit | None:
+        """A layer's fit; None where calibration cannot reach it (outside the blocks, an expert)."""
         self._advance(layer)
-        return self._factors.pop(layer, None)
+        return self._store.fit(layer) if self._tuned is None else self._tuned.fits.get(layer)
 
     def tensor(self, name: str) -> np.ndarray | None:
-        """What calibration made of a tensor that is written as it is (a bias, a norm, a layer that stays dense), once."""
-        self._advance(name.rpartition(".")[0])
-        return self._tensors.pop(name, None)
+        """What calibration made of a tensor that is written as it is (a bias, a norm, a layer that stays dense)."""
+        layer, _, kind = name.rpartition(".")
+        fit = self.fit(layer) if kind in ("weight", "bias") else None
+        if fit is not None and kind == "bias" and fit.bias is not None:
+            return fit.bias.float().cpu().numpy()
+        if isinstance(fit, DenseFit) and kind == "weight":
+            weight = fit.weight.T if self._shapes[layer].transposed else fit.weight
+            return weight.contiguous().cpu().numpy()
+        self._advance(layer)
+        changed = self._tuned.tensors.get(name) if self._tuned else None
+        changed = self._store.tensor(name) if changed is None else changed
+        return None if changed is None else changed.float().cpu().numpy()
 
     def _advance(self, layer: str) -> None:
-        if self._tunes_model and self._tuning is None:
+        if self._tunes_model and self._tuned is None:
             self._tune()
         while layer in self._pending:
-            block = next(self._blocks)
-            self._refinement.append(block.refinement)
-            self._pending = {name for name in self._pending if not name.startswith(f"{block.name}.")}
-            self._keep(block.fits, block.tensors)
+            self._sweep_on()
+
+    def _sweep_on(self) -> bool:
+        """The next block; False after the last."""
+        block = next(self._blocks, None)
+        if block is None:
+            return False
+        if block.name not in (record["name"] for record in self._store.records):
+            self._store.put(block)
+            self._settle(block.name)
+        return True
+
+    def _settle(self, block: str) -> None:
+        self._pending = {name for name in self._pending if not f"{name}.".startswith(f"{block}.")}
 
     def _tune(self) -> None:
         """The whole sweep, then the whole model."""
+        self._result()
         fits: dict[str, Fit | DenseFit] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for block in self._blocks:
-            self._refinement.append(block.refinement)
+        for record in self._store.records:
+            block = self._store.block(record["name"])
+            assert block is not None
             fits |= block.fits
             tensors |= block.tensors
-        self._pending = set()
-        tuned = tune_model(
+        self._tuned = tune_model(
             self._model,
             fits,
             tensors,
@@ -185,21 +213,17 @@ class Calibrated:
             bf16=self.memory.bf16,
             progress=self._stage("tuning"),
         )
-        self._tuning, self._tuned_loss = tuned.losses, tuned.loss
-        self._keep(tuned.fits, {**tensors, **tuned.tensors})
 
-    def _keep(self, fits: Mapping[str, Fit | DenseFit], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Until they are asked for."""
-        for name, fit in fits.items():
-            if isinstance(fit, Fit):
-                self._factors[name] = fit
-            else:
-                self.dense.add(name)
-                weight = fit.weight.T if self._shapes[name].transposed else fit.weight
-                self._tensors[f"{name}.weight"] = weight.contiguous().cpu().numpy()
-            if fit.bias is not None:
-                self._tensors[f"{name}.bias"] = fit.bias.float().cpu().numpy()
-        self._tensors |= {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+    def _result(self) -> dict[str, Any]:
+        """What the held-out windows say at the end of the sweep."""
+
+        def swept() -> dict[str, Any]:
+            while self._sweep_on():
+                pass
+            return asdict(self._sweep.result)
+
+        result: dict[str, Any] = self._store.once("result", swept)
+        return result
 
     def facts(self) -> dict[str, Any]:
         """Where the calibration came from and what the held-out windows say; finishes the sweep.
@@ -208,30 +232,21 @@ class Calibrated:
         `distances` after each block: |student - teacher| / |teacher| of the hidden states. `refinement` are each block's
         held-out losses, the closed form's first, `tuning` the whole model's, in nats a token.
         """
-        self._advance("")
-        for block in self._blocks:
-            self._keep(block.fits, block.tensors)
-        result = self._sweep.result
+        result = self._result()
         facts: dict[str, Any] = {
             "calibration": [{"source": source, "tokens": tokens} for source, tokens in self._texts.sources],
             "calibration_context": self._texts.context,
             "bf16": self.memory.bf16,
-            "refitted_dense_layers": len(self.dense),
-            "held_out": {
-                "tokens": self._texts.held_out.numel(),
-                "perplexity": result.perplexity,
-                "teacher_perplexity": result.teacher_perplexity,
-                "kl": result.kl,
-                "distances": result.distances,
-            },
+            "refitted_dense_layers": sum(record["dense"] for record in self._store.records),
+            "held_out": {"tokens": self._texts.held_out.numel(), **result},
         }
         if self._allocation:
             facts["allocation"] = self._allocation
         if self._options.refine:
-            facts["refinement"] = self._refinement
-        if self._tuning is not None:
-            facts["tuning"] = self._tuning
-            facts["held_out"]["tuned_perplexity"] = math.exp(min(self._tuned_loss, 700.0))
+            facts["refinement"] = [record["refinement"] for record in self._store.records]
+        if self._tuned is not None:
+            facts["tuning"] = self._tuned.losses
+            facts["held_out"]["tuned_perplexity"] = math.exp(min(self._tuned.loss, 700.0))
         return facts
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 import sctconv
-from sctconv.formats.atomic import check_target
+from sctconv.formats.atomic import check_target, part_path
 from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
 from sctconv.formats.errors import OutputError
@@ -37,10 +38,12 @@ from sctconv.sources import Source, open_source
 from sctconv.sources.model import usable_device
 from sctconv.sources.weights import DenseModel
 
-from .calibrated import Calibrated
-from .fit import Fit
+from .calibrated import Calibrated, read_texts
+from .fit import DenseFit, Fit
+from .fit_store import FitStore
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
+from .resume import JOURNAL_SECONDS, check_same, check_stopped, digest, fingerprint, fits_path, is_stopped
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done, the whole work (in one arbitrary unit) and the name of what is being worked on."""
@@ -104,10 +107,12 @@ def convert(
     options: ConvertOptions,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     low_disk: bool = False,
     report: bool = False,
     progress: Progress | None = None,
     must_shrink: bool = True,
+    journal_seconds: float = JOURNAL_SECONDS,
 ) -> ConvertReport:
     """Converts a dense checkpoint into a .sct file.
 
@@ -115,59 +120,98 @@ def convert(
     space of that. With calibration the factors are fitted block by block (see `sweep`), and memory is one block in
     float32, the hidden states of the calibration text, and embedding and head. The output appears whole or not at all.
 
+    While it is made it is `OUT.part`, which a run that is stopped leaves behind, and of a calibrated one `OUT.fits.part`. A
+    run that goes on from there writes, to the byte, what one that was never stopped does.
+
     Args:
         source: directory, GGUF file, Hub id, or an opened source.
         output: the file to write; None for `NAME-LABEL.sct` in the working directory.
         options: layers, ranks, storage.
-        overwrite: whether a file that stands at `output` may be replaced.
+        overwrite: whether a file that stands at `output` may be replaced, and, without `resume`, a stopped conversion.
+        resume: whether to go on from a stopped conversion, if there is one.
         low_disk: of a Hub checkpoint, keep one shard on the disk at a time.
         report: whether to draw `OUT.report.html` as well.
         progress: called as the work goes on.
         must_shrink: whether a layer stays dense where factors would take more; tests turn it off for the full rank.
+        journal_seconds: how often what is done is kept.
 
     Raises:
-        OptionError: the options do not fit the model. CheckpointError, ModelError: the source cannot be read.
+        OptionError: the options do not fit the model, or are not those of the stopped conversion. CheckpointError, ModelError: the source cannot be read.
         NonFiniteError: a tensor holds NaN or infinity. OutputError: the output cannot be written.
     """
     start = time.perf_counter()
     device = usable_device(options.device)
-    if output is not None:
-        check_target(Path(output), overwrite=overwrite)  # before anything is downloaded
+    if output is not None:  # before anything is downloaded
+        check_target(Path(output), overwrite=overwrite)
+        check_stopped(Path(output), overwrite=overwrite, resume=resume)
     source = open_source(source, low_disk=low_disk) if isinstance(source, str) else source
     model = DenseModel(source)
     plan = make_plan(model, options, must_shrink=must_shrink)
     path = Path(output) if output is not None else default_output(source, options)
     check_target(path, overwrite=overwrite)
+    check_stopped(path, overwrite=overwrite, resume=resume)
     page = path.with_suffix(".report.html") if report else None
     if page is not None:
         check_target(page, overwrite=overwrite)
-    _check_space(path, plan)
+    texts = read_texts(model, options) if options.calibration else None
+    key = fingerprint(model, options, texts)
     calibrated = None
-    if options.calibration:
-        calibrated = Calibrated(model, plan, options, path.absolute().parent, progress=_of_one(progress))
-        plan = calibrated.plan
-    run = _Conversion(model, plan, options, device, must_shrink, calibrated)
-    with SctWriter(path, overwrite=overwrite) as out:
-        run.write(out, progress)
-        out.metadata.update(run.metadata())
-        out.commit()
+    try:
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(SctWriter(path, overwrite=overwrite, journaled=True, resume=resume))
+            _check_space(path, plan, out)
+            _begin(out, model, plan, key)
+            if texts is not None and not out.is_complete:
+                kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
+                calibrated = Calibrated(
+                    model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
+                )
+                plan = calibrated.plan
+            run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
+            if not out.is_complete:
+                run.write(progress, journal_seconds)
+                run.finish(key)
+    except BaseException as error:
+        if is_stopped(path):
+            error.add_note(f"what is done is kept beside {path}; go on with --resume")
+        raise
     if page is not None:
         write_report(path, page, overwrite=overwrite)
     return ConvertReport(
         output=str(path),
         bytes=path.stat().st_size,
         dense_bytes=plan.dense_bytes,
-        layers=run.records,
+        layers=list(out.layers.values()),
         dense=run.dense,
         unused=model.unused,
-        parameters=run.parameters,
+        parameters=out.metadata["parameters"],
         dense_parameters=plan.dense_parameters,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
-        quality=calibrated.facts() if calibrated else None,
+        quality=out.metadata["conversion"] if texts is not None else None,
         memory_limit_bytes=calibrated.memory.limit if calibrated else None,
         report=str(page) if page else None,
     )
+
+
+def _begin(out: SctWriter, model: DenseModel, plan: Plan, key: dict[str, Any]) -> None:
+    """Fills the metadata of a new file with what is known at once, or holds those of a stopped one against it.
+
+    The provenance grows as the file does: nothing in it differs between two runs, stopped or not.
+    """
+    if out.metadata:
+        check_same(out.metadata, key, part_path(out.path))
+        return
+    begun = {
+        "generator": f"sctconv {sctconv.__version__}",
+        "transformers": transformers.__version__,
+        "source": {**model.source.origin, "shards": []},
+        "dense_layers": [],
+        "parameters": 0,
+        "dense_parameters": plan.dense_parameters,
+        "resume": key,
+    }
+    out.metadata.update(begun)
 
 
 def plan_conversion(
@@ -181,8 +225,9 @@ def plan_conversion(
     model = DenseModel(open_source(source, low_disk=low_disk) if isinstance(source, str) else source)
     plan = make_plan(model, options)
     if options.allocate == "measured":
-        with tempfile.TemporaryDirectory() as directory:
-            plan = Calibrated(model, plan, options, Path(directory), progress=_of_one(progress)).plan
+        texts = read_texts(model, options)
+        with tempfile.TemporaryDirectory() as directory, FitStore(Path(directory) / "plan", {}) as kept:
+            plan = Calibrated(model, plan, options, texts, kept, progress=_of_one(progress)).plan
     return plan
 
 
@@ -204,53 +249,80 @@ class _Conversion:
     device: torch.device
     must_shrink: bool
     calibrated: Calibrated | None
-    records: list[LayerRecord] = field(default_factory=list)
-    dense: list[LayerPlan] = field(default_factory=list)
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    parameters: int = 0
+    out: SctWriter
 
-    def write(self, out: SctWriter, progress: Progress | None) -> None:
-        tensors = self.model.tensors
-        work = _Work(sum(self._cost(name) for name in tensors), progress)
+    def write(self, progress: Progress | None, journal_seconds: float) -> None:
+        """Writes the tensors that are not there yet, and keeps what is done every so often."""
+        tensors, kept = self.model.tensors, time.monotonic()
+        work = _Work(sum(self._cost(name) for name in tensors if not self._is_written(name)), progress)
         if self.calibrated:  # it reports itself, and copying counts for nothing beside it
             work.progress = None
-        hashed: set[Path] = set()
         for name, info in tensors.items():
-            work.start(name)
-            self._tensor(out, name, info)
-            work.finish(self._cost(name), name)
-            for shard in self.model.shards_read_by(name) - hashed:
-                hashed.add(shard)
-                self.shards.append({"name": shard.name, "sha256": self.model.source.sha256(shard)})
+            if not self._is_written(name):
+                work.start(name)
+                self._tensor(name, info)
+                work.finish(self._cost(name), name)
+            self._hash_shards(name)
             for shard in self.model.shards_done_after(name):
                 self.model.source.release(shard)
+            if time.monotonic() - kept >= journal_seconds:
+                self.out.journal()
+                kept = time.monotonic()
         for file, data in self.model.source.files.items():
-            out.add_file(file, data)
+            self.out.add_file(file, data)
 
-    def _tensor(self, out: SctWriter, name: str, info: TensorInfo) -> None:
+    def finish(self, key: dict[str, Any]) -> None:
+        """Completes the metadata and commits."""
+        self.out.metadata["conversion"] = {
+            "method": "calibrated" if self.calibrated else "svd",
+            **self.options.to_json(),
+            **(self.calibrated.facts() if self.calibrated else {}),
+        }
+        del self.out.metadata["resume"]
+        self.out.metadata["fingerprint"] = digest(key)
+        self.out.commit()
+
+    @property
+    def dense(self) -> list[LayerPlan]:
+        """The selected layers that stayed dense, with the reason."""
+        layers = {layer.name: layer for layer in self.plan.layers.values()}
+        return [replace(layers[item["name"]], reason=item["reason"]) for item in self.out.metadata["dense_layers"]]
+
+    def _is_written(self, name: str) -> bool:
+        layer = self.plan.layers.get(name)
+        return name in self.out.tensors or (layer is not None and layer.name in self.out.layers)
+
+    def _hash_shards(self, name: str) -> None:
+        hashed: list[dict[str, str]] = self.out.metadata["source"]["shards"]
+        for shard in self.model.shards_read_by(name):
+            if shard.name not in {item["name"] for item in hashed}:
+                hashed.append({"name": shard.name, "sha256": self.model.source.sha256(shard)})
+
+    def _tensor(self, name: str, info: TensorInfo) -> None:
         layer = self.plan.layers.get(name)
         if layer is not None and layer.reason is None:
-            layer = self._factor(out, name, info, layer)
+            layer = self._factor(name, info, layer)
         if layer is not None and layer.rank is not None:
-            self.parameters += layer.parameters
+            self.out.metadata["parameters"] += layer.parameters
             return
-        if layer is not None:
-            self.dense.append(layer)
-        self.parameters += info.size
         dtype = self.plan.stored_dtype(info)
         fitted = self.calibrated.tensor(name) if self.calibrated else None
         chunks = self.model.chunks(name) if fitted is None else iter([fitted])
-        out.add_tensor(name, _checked(chunks, name, dtype), dtype=dtype, shape=info.shape)
+        self.out.add_tensor(name, _checked(chunks, name, dtype), dtype=dtype, shape=info.shape)
+        self.out.metadata["parameters"] += info.size
+        if layer is not None:
+            item = {"name": layer.name, "out": layer.out, "in": layer.in_, "reason": layer.reason}
+            self.out.metadata["dense_layers"].append(item)
 
-    def _factor(self, out: SctWriter, name: str, info: TensorInfo, layer: LayerPlan) -> LayerPlan:
+    def _factor(self, name: str, info: TensorInfo, layer: LayerPlan) -> LayerPlan:
         """Writes the factors of a weight; or nothing, where its energy asks for a rank that would not shrink it."""
         fit = self.calibrated.fit(layer.name) if self.calibrated else None
-        if self.calibrated and layer.name in self.calibrated.dense:
+        if isinstance(fit, DenseFit):
             return replace(layer, reason=f"energy {self.options.energy:g} asks for a rank that would not shrink it")
         W = to_torch(read_tensor(self.model, name, np.float32)).to(self.device)
         W = W.T if layer.transposed else W
         if fit is not None:
-            self._write_fit(out, layer, fit, W, TORCH_DTYPES[self.plan.factor_dtype(info)], name)
+            self._write_fit(layer, fit, W, TORCH_DTYPES[self.plan.factor_dtype(info)], name)
             return replace(layer, rank=len(fit.s))
         if layer.rank is None:
             assert self.options.energy is not None
@@ -261,21 +333,18 @@ class _Conversion:
         assert layer.rank is not None
         dtype = self.plan.factor_dtype(info)
         svd = truncated_svd(W, layer.rank, dtype=TORCH_DTYPES[dtype], seed=self.options.seed, name=name)
-        self._write_factors(out, layer, (svd.U, svd.s, svd.V), svd.energy, svd.error, {})
+        self._write_factors(layer, (svd.U, svd.s, svd.V), svd.energy, svd.error, {})
         return layer
 
-    def _write_fit(
-        self, out: SctWriter, layer: LayerPlan, fit: Fit, W: torch.Tensor, dtype: torch.dtype, name: str
-    ) -> None:
+    def _write_fit(self, layer: LayerPlan, fit: Fit, W: torch.Tensor, dtype: torch.dtype, name: str) -> None:
         """Writes fitted factors. They are not the weight's nearest, so no energy of it is kept, and the error is larger."""
         norm = check_finite(W, name)
         U, s, V = fit.U.to(W.device, dtype), fit.s.to(W.device), fit.V.to(W.device, dtype)
         error = residual_norm(W, U, s, V) / norm if norm else 0.0
-        self._write_factors(out, layer, (U, s, V), None, error, {"output_error": fit.error})
+        self._write_factors(layer, (U, s, V), None, error, {"output_error": fit.error})
 
     def _write_factors(
         self,
-        out: SctWriter,
         layer: LayerPlan,
         factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         energy: float | None,
@@ -284,12 +353,10 @@ class _Conversion:
     ) -> None:
         arrays = [to_numpy(factor.cpu()) for factor in factors]
         for letter, array in zip("UsV", arrays, strict=True):
-            out.add_tensor(f"{layer.name}.{letter}", array)
+            self.out.add_tensor(f"{layer.name}.{letter}", array)
         bias = f"{layer.name}.bias" if layer.bias else None
         rank, dtype = len(arrays[1]), dtype_name(arrays[0].dtype)
-        record = LayerRecord(layer.name, layer.out, layer.in_, rank, energy, error, bias, dtype, extra)
-        out.add_layer(record)
-        self.records.append(record)
+        self.out.add_layer(LayerRecord(layer.name, layer.out, layer.in_, rank, energy, error, bias, dtype, extra))
 
     def _cost(self, name: str) -> float:
         info, layer = self.plan.tensors[name], self.plan.layers.get(name)
@@ -299,24 +366,6 @@ class _Conversion:
             exact = 6.0 * m * m * n + 20.0 * m**3
             cost += exact if layer.rank is None or m <= 1536 else min(exact, 30.0 * m * n * layer.rank)
         return cost
-
-    def metadata(self) -> dict[str, Any]:
-        """Provenance and conversion facts; nothing that differs between two runs."""
-        return {
-            "generator": f"sctconv {sctconv.__version__}",
-            "transformers": transformers.__version__,
-            "source": {**self.model.source.origin, "shards": self.shards},
-            "conversion": {
-                "method": "calibrated" if self.calibrated else "svd",
-                **self.options.to_json(),
-                **(self.calibrated.facts() if self.calibrated else {}),
-            },
-            "dense_layers": [
-                {"name": layer.name, "out": layer.out, "in": layer.in_, "reason": layer.reason} for layer in self.dense
-            ],
-            "parameters": self.parameters,
-            "dense_parameters": self.plan.dense_parameters,
-        }
 
 
 def _checked(chunks: Iterator[np.ndarray], name: str, dtype: str) -> Iterator[np.ndarray]:
@@ -337,8 +386,8 @@ def _checked(chunks: Iterator[np.ndarray], name: str, dtype: str) -> Iterator[np
         yield chunk
 
 
-def _check_space(path: Path, plan: Plan) -> None:
-    needed = plan.bytes + plan.files
+def _check_space(path: Path, plan: Plan, out: SctWriter) -> None:
+    needed = plan.bytes + plan.files - out.nbytes
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OutputError(f"{path}: needs {needed} bytes, but only {free} are free on the disk; write elsewhere")

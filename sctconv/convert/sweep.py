@@ -77,6 +77,7 @@ class Sweep:
         memory: how much may be held at once.
         metrics: layer -> what errors of its outputs cost.
         refine: steps of gradient descent on each block after its closed forms.
+        done: a block's name -> what became of it in an earlier run, None where it is to be fitted.
         progress: called after each batch with the share of the work that is done and a word on what is being done.
     """
 
@@ -90,6 +91,7 @@ class Sweep:
         energies: Mapping[str, float] | None = None,
         metrics: Mapping[str, Metric] | None = None,
         refine: int = 0,
+        done: Callable[[str], SweptBlock | None] = lambda name: None,
         progress: Callable[[float, str], None] | None = None,
     ) -> None:
         self._decoder = decoder
@@ -97,6 +99,7 @@ class Sweep:
         self._energies = energies or {}
         self._metrics = metrics or {}
         self._refine = refine
+        self._known = done
         self._memory = memory
         self._progress = progress
         windows = torch.cat([calibration.held_out, calibration.fit])
@@ -117,33 +120,56 @@ class Sweep:
         for place in range(len(self._decoder)):
             block = self._decoder.block(place, teacher[0])
             release_free()
-            self._done, self._passes = place, 2 + len(block.groups)
-            seen = self._teach(block, teacher)
-            fits: dict[str, Fit | DenseFit] = {}
-            for group in block.groups:
-                for name, fit in self._fit_group(block, group, student, seen):
-                    fits[name] = fit
-                    replace_(block.module, name, fit)  # its own weight is let go, as the teacher is through
-            tensors, refinement = {}, []
-            if self._refine:
-                refinement = tune_block_(block, student, teacher, self._is_fit, self._refine, names=list(fits))
-                fits = dict(fits_of(block.module, fits))
-                tensors = {name: p for name, p in block.module.named_parameters() if p.ndim == 1}
-                tensors = {name: p for name, p in tensors.items() if name.rpartition(".")[0] not in fits}
+            self._done = place
+            swept = self._known(block.name)
+            if swept is None:
+                swept = self._fit_block(block, teacher, student)
+            else:
+                self._pass_by(block, teacher, swept)
             for number in range(count):
                 student[number] = self._step(block, student, number)
             self.result.distances.append(self._distance(teacher, student))
-            swept = SweptBlock(
-                block.name,
-                {f"{block.name}.{name}": fit for name, fit in fits.items()},
-                {f"{block.name}.{name}": tensor.detach() for name, tensor in tensors.items()},
-                refinement,
-            )
-            del block, seen, fits, tensors  # nothing of it is held while the fits are written
+            del block  # nothing of it is held while the fits are written
             yield swept
             del swept  # nor while the next block is fitted
             release_free()
         self._measure(teacher, student)
+
+    def _fit_block(self, block: Block, teacher: States, student: States) -> SweptBlock:
+        """Moves the teacher's states through a block and puts fits in the place of its layers."""
+        self._passes = 2 + len(block.groups)
+        seen = self._teach(block, teacher)
+        fits: dict[str, Fit | DenseFit] = {}
+        for group in block.groups:
+            for name, fit in self._fit_group(block, group, student, seen):
+                fits[name] = fit
+                replace_(block.module, name, fit)  # its own weight is let go, as the teacher is through
+        tensors: dict[str, Tensor] = {}
+        refinement: list[float] = []
+        if self._refine:
+            refinement = tune_block_(block, student, teacher, self._is_fit, self._refine, names=list(fits))
+            fits = dict(fits_of(block.module, fits))
+            tensors = {name: p.detach() for name, p in block.module.named_parameters() if p.ndim == 1}
+            tensors = {name: p for name, p in tensors.items() if name.rpartition(".")[0] not in fits}
+            for name, fit in fits.items():
+                replace_(block.module, name, fit)
+        return SweptBlock(
+            block.name,
+            {f"{block.name}.{name}": fit for name, fit in fits.items()},
+            {f"{block.name}.{name}": tensor for name, tensor in tensors.items()},
+            refinement,
+        )
+
+    def _pass_by(self, block: Block, teacher: States, swept: SweptBlock) -> None:
+        """The same with fits that are known."""
+        self._passes = 2
+        for number in range(len(teacher)):
+            teacher[number] = self._step(block, teacher, number)
+        for path, fit in swept.fits.items():
+            replace_(block.module, path.removeprefix(f"{block.name}."), fit)
+        for path, tensor in swept.tensors.items():
+            block.module.get_parameter(path.removeprefix(f"{block.name}.")).data.copy_(tensor)
+        block.module.to(self._decoder.device)
 
     def _report(self, what: str) -> None:
         """One batch of one pass through a block is done; blocks count alike."""

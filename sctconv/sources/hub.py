@@ -183,6 +183,10 @@ class HubSource(Source):
     def sha256(self, shard: Path) -> str:
         return self._commit.sha256(shard.name) or super().sha256(self._hub.shard(shard.name).path)
 
+    def fingerprint(self, shard: Path) -> str:
+        """Of the commit, so that nothing is downloaded for it."""
+        return self._commit.sha256(shard.name) or self._commit.sha
+
     def release(self, shard: Path) -> None:
         used = self._hub.forget(shard.name)
         if used and used.downloaded and self._low_disk:
