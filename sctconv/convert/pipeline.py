@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import sctconv
+from sctconv.errors import OptionError
 from sctconv.formats.atomic import check_target, part_path
 from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
@@ -172,7 +173,7 @@ def convert(
                 run.write(progress, journal_seconds)
                 run.finish(key)
     except BaseException as error:
-        if is_stopped(path):
+        if is_stopped(path) and not isinstance(error, OptionError):
             error.add_note(f"what is done is kept beside {path}; go on with --resume")
         raise
     if page is not None:
