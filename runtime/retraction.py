@@ -32,6 +32,9 @@ METHODS: Final[tuple[Method, ...]] = ("qr", "householder", "polar")
 _NEAR: Final = 0.1
 """max |X^T X - I| up to which one pass of Cholesky-QR is as good as Householder: the condition is at most 1.2."""
 
+_NOISE: Final = 1e-3
+"""Singular values of a momentum, over the largest, that count for nothing."""
+
 
 def retract(X: Tensor, method: Method = "qr") -> Tensor:
     """The point of the Stiefel manifold that X is brought back to.
@@ -131,6 +134,20 @@ def _polar(X: Tensor) -> Tensor:
         return (X.double() @ root).to(X.dtype)
     U, _, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     return (U @ Vh).to(X.dtype)
+
+
+def polar_direction(M: Tensor) -> Tensor:
+    """M (M^T M)^-1/2, M (..., m, k): every direction that M has a part in, and all as long as each other.
+
+    The columns of the result have length 1 or less: singular values that are below `_NOISE` of the largest stay short. (What
+    Muon does to the momentum of a dense matrix, Jordan 2024, there m x n and by an iteration, here by a root k x k.)
+    """
+    norm = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(M.dtype).tiny)
+    M = M / norm
+    squares, P = torch.linalg.eigh(_gram(M))
+    least = _NOISE**2 * squares.amax(-1, keepdim=True).clamp_min(1.0 / M.shape[-1])  # of nothing there is no largest
+    root = (P * (squares.clamp_min(0.0) + least).rsqrt().unsqueeze(-2)) @ P.mT
+    return M @ root.to(M.dtype)
 
 
 def tangent(X: Tensor, G: Tensor) -> Tensor:

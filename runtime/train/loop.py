@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ..head import Halves
 from ..memory import freed_memory
 from ..precision import products
-from ..retraction import absorb_, drift, retract, retract_, tangent
+from ..retraction import absorb_, drift, polar_direction, retract, retract_, tangent
 from ..spectral import SpectralLayer
 from .data import Batch, TrainData
 from .optimizer import SpectralAdam, turn_
@@ -237,7 +237,8 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
     afterwards = options.retraction in ("none", "absorb")
     back = None if afterwards else lambda X: retract(X, options.retraction)  # type: ignore[arg-type]
     more: dict[str, Any] = {"weight_decay": options.weight_decay, "momentum": options.momentum, "seed": options.seed}
-    return TrainState(0, SpectralAdam(listed, tangent=tangent, retract=back, **more))
+    polar = polar_direction if options.direction == "polar" else None
+    return TrainState(0, SpectralAdam(listed, tangent=tangent, retract=back, polar=polar, **more))
 
 
 def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Parameter, str, float]]:

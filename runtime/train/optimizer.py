@@ -4,8 +4,9 @@
 cannot fit: at 5e-4 a unit column of 8192 entries turns by 0.045 rad in a step while a singular value of 10 moves by
 0.005 %. `SpectralAdam` gives each kind of parameter a unit of its own:
 
-- `stiefel` (U, V): the gradient's part along the manifold, Adam's direction with one second moment per column, a step of
-  `rate` radians a column, back by a retraction. Momentum is projected to where X is now (StelLA, NeurIPS 2025).
+- `stiefel` (U, V): the gradient's part along the manifold, a step of `rate` radians a column, back by a retraction. Momentum
+  is projected to where X is now (StelLA, NeurIPS 2025). The step goes in Adam's direction with one second moment per column;
+  or along the momentum's polar factor, which is as far in every direction that the momentum has a part in.
 - `singular` (s): Adam on log s, so `rate` is a relative change and s stays positive; weight decay, as |W|_F = |s|.
 - `plain` (everything else): Adam, entry by entry.
 """
@@ -36,6 +37,7 @@ class SpectralAdam(Optimizer):
         groups: parameter groups, each with `params`, `kind` (one of `KINDS`) and `rate`.
         tangent: (X, G) -> the part of G that moves X along its manifold; for batches (b, m, k).
         retract: X -> the point of the manifold that X is brought back to; None where the caller does so.
+        polar: momentum -> its polar factor, to step along; None for Adam's direction.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: share of log s by which s falls in a step of rate 1; of `singular` groups only.
@@ -52,6 +54,7 @@ class SpectralAdam(Optimizer):
         *,
         tangent: Map,
         retract: Callable[[Tensor], Tensor] | None,
+        polar: Callable[[Tensor], Tensor] | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -63,7 +66,7 @@ class SpectralAdam(Optimizer):
             if group["kind"] not in KINDS:
                 raise ValueError(f"kind {group['kind']!r}: one of {', '.join(KINDS)}")
         super().__init__(checked, {"betas": betas, "eps": eps, "weight_decay": weight_decay, "rate": 0.0})
-        self._tangent, self._retract, self._seed = tangent, retract, seed
+        self._tangent, self._retract, self._polar, self._seed = tangent, retract, polar, seed
         self._places = {
             parameter: (group, place)
             for place, (group, parameter) in enumerate(
@@ -75,7 +78,8 @@ class SpectralAdam(Optimizer):
             kept = parameter.shape[-1:] if group["kind"] == "stiefel" else parameter.shape
             state = self.state[parameter] = {"count": 0}
             begin_(state, "first", parameter.detach(), momentum if parameter.ndim > 1 else "float32")
-            state["second"] = torch.zeros(kept, dtype=torch.float32, device=parameter.device)
+            if group["kind"] != "stiefel" or polar is None:
+                state["second"] = torch.zeros(kept, dtype=torch.float32, device=parameter.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -106,22 +110,28 @@ class SpectralAdam(Optimizer):
         X = torch.stack([parameter.detach().float() for parameter in batch])
         gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
         gradient = self._tangent(X, torch.stack(gradients))
-        rows = X.shape[-2]
         states = [self._state(parameter) for parameter in batch]
         first = torch.stack([get(state, "first") for state in states])
-        second = torch.stack([state["second"] for state in states])
         first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
-        second = second.lerp(gradient.square().mean(-2), 1.0 - group["betas"][1])
-        counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=X.device)
-        one, two = (1.0 - beta**counts for beta in group["betas"])
-        scale = (second / two[:, None]).sqrt_().add_(group["eps"])
-        by = group["rate"] / (rows**0.5 * one[:, None] * scale)
-        X = torch.addcmul(X, first, by[:, None, :], value=-1.0)
+        if self._polar is not None:
+            X = X.sub_(self._polar(first), alpha=group["rate"])
+        else:
+            X = torch.addcmul(X, first, self._by_column(gradient, states, group)[:, None, :], value=-1.0)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
             self._put(parameter, X[place], state)
             put_(state, "first", first[place])
-            state["second"].copy_(second[place])
+
+    def _by_column(self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        """What Adam multiplies each column of the momentum with (b, k), after taking the gradient (b, m, k) in."""
+        second = torch.stack([state["second"] for state in states])
+        second = second.lerp(gradient.square().mean(-2), 1.0 - group["betas"][1])
+        for state, value in zip(states, second, strict=True):
+            state["second"].copy_(value)
+        counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=gradient.device)
+        one, two = (1.0 - beta**counts for beta in group["betas"])
+        scale = (second / two[:, None]).sqrt_().add_(group["eps"])
+        return group["rate"] / (gradient.shape[-2] ** 0.5 * one[:, None] * scale)
 
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None

@@ -24,10 +24,26 @@ LEVERS: Final = ("checkpointing", "micro_batch", "step_in_backward", "clip", "mo
 CHECKPOINTINGS: Final = ("none", "blocks", "factors")
 
 
-TUNING: Final = {"rate": 1e-4, "angle": 3e-3, "singular_rate": 1e-3, "norm_rate": 1e-4, "embedding_rate": 0.0}
+DIRECTIONS: Final = ("adam", "polar")
+
+TUNING: Final = {
+    "direction": "adam",
+    "rate": 1e-4,
+    "angle": 3e-3,
+    "singular_rate": 1e-3,
+    "norm_rate": 1e-4,
+    "embedding_rate": 0.0,
+}
 """Rates for a model that knows something already: gentle, and its embeddings stay."""
 
-SCRATCH: Final = {"rate": 1e-3, "angle": 0.05, "singular_rate": 0.01, "norm_rate": 1e-3, "embedding_rate": 1e-3}
+SCRATCH: Final = {
+    "direction": "polar",
+    "rate": 1e-3,
+    "angle": 0.03,
+    "singular_rate": 0.01,
+    "norm_rate": 1e-3,
+    "embedding_rate": 1e-3,
+}
 """Rates for a model that `sctconv init` began, between the best of two ranks (`python -m tests.benchmarks.scratch`, nats a byte).
 
 Rank 32, 60 steps, the paper's AdamW 2.889: angle 0.03 2.947, 0.06 2.694, 0.1 2.678, 0.3 3.23; with 0.1, s at 0.003 2.693 and
@@ -51,6 +67,8 @@ class TrainOptions:
         batch: windows of a step; micro_batch: windows that go through the model at once.
         context: tokens in a window.
         optimizer: `spectral` (each kind of parameter in its own unit) or `adamw` (the paper's: one rate, then QR).
+        direction: of a step of U and V in `spectral`: `adam`, with one second moment a column, or `polar`, the momentum's polar
+            factor, as Muon has it.
         rate: of `adamw`, and of dense matrices in `spectral`.
         angle: radians that a column of U or V turns in a step of `spectral`.
         singular_rate: relative change of s in a step of `spectral`.
@@ -90,6 +108,7 @@ class TrainOptions:
     micro_batch: int = 2
     context: int = 512
     optimizer: Literal["spectral", "adamw"] = "spectral"
+    direction: Literal["adam", "polar"] | None = None
     rate: float | None = None
     angle: float | None = None
     singular_rate: float | None = None
@@ -138,11 +157,12 @@ class TrainOptions:
             raise TrainError(f"--temperature {self.temperature}: above 0")
         choices: dict[str, tuple[str, ...]] = {
             "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "retraction": RETRACTIONS, "train": PARTS,
-            "checkpointing": CHECKPOINTINGS, "momentum": MOMENTA, "weights": MOMENTA[:2],
+            "direction": DIRECTIONS, "checkpointing": CHECKPOINTINGS, "momentum": MOMENTA, "weights": MOMENTA[:2],
         }  # fmt: skip
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise TrainError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise TrainError(f"--{name} {value}: choose one of {', '.join(allowed)}")
         if self.step_in_backward and self.clip:
             raise TrainError(
                 f"--step-in-backward: gradients are never together, so that their norm cannot be clipped to {self.clip:g}; "
@@ -150,8 +170,8 @@ class TrainOptions:
             )
         if self.weights == "bfloat16" and self.bf16 is False:
             raise TrainError("--weights bfloat16: their products are bfloat16 too; leave out --no-bf16")
-        lean = {"step_in_backward": False, "momentum": "float32", "weights": "float32"}
-        for name, usual in lean.items():
+        own = {"direction": None, "step_in_backward": False, "momentum": "float32", "weights": "float32"}
+        for name, usual in own.items():
             if self.optimizer == "adamw" and getattr(self, name) != usual:
                 raise TrainError(f"--{name.replace('_', '-')}: needs --optimizer spectral")
 
@@ -165,8 +185,9 @@ class TrainOptions:
             scratch: whether the model was begun from nothing.
         """
         rates: dict[str, Any] = dict(SCRATCH if scratch else TUNING)
-        if self.optimizer == "adamw" and self.rate is not None:
-            rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate)
+        if self.optimizer == "adamw":
+            del rates["direction"]
+            rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate) if self.rate is not None else {}
         answers = {**rates, "bf16": self.weights == "bfloat16" or has_fast_bf16(device)}
         return replace(self, **{name: answer for name, answer in answers.items() if getattr(self, name) is None})
 

@@ -32,10 +32,15 @@ from .common import DTYPE, Size, print_json, progress_bar, size
     help="spectral: each kind of parameter in its own unit; adamw: the paper's, one --rate and QR after each step.",
 )
 @click.option(
+    "--direction",
+    type=click.Choice(["adam", "polar"]),
+    help="Of a step of U and V: Adam's, or the polar factor of the momentum.  [default: adam; polar after init]",
+)
+@click.option(
     "--rate", type=float, help="Of dense matrices; with adamw of everything.  [default: 1e-4; 1e-3 after init]"
 )
 @click.option(
-    "--angle", type=float, help="Radians that a column of U or V turns in a step.  [default: 0.003; 0.05 after init]"
+    "--angle", type=float, help="Radians that a column of U or V turns in a step.  [default: 0.003; 0.03 after init]"
 )
 @click.option("--singular-rate", type=float, help="Relative change of s in a step.  [default: 0.001; 0.01 after init]")
 @click.option("--norm-rate", type=float, help="Of norms and biases.  [default: as --rate]")

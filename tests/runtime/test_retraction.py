@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sctconv.runtime.linalg import orthonormality
-from sctconv.runtime.retraction import METHODS, Method, absorb_, drift, householder_qr, retract, retract_
+from sctconv.runtime.retraction import (
+    METHODS,
+    Method,
+    absorb_,
+    drift,
+    householder_qr,
+    polar_direction,
+    retract,
+    retract_,
+)
 from sctconv.runtime.spectral import SpectralLinear
 
 DTYPES = (torch.float32, torch.float64)
@@ -152,3 +161,28 @@ def test_absorbing_keeps_the_function() -> None:
 
 def test_no_spectral_layer_is_no_drift() -> None:
     assert drift(nn.Linear(3, 3)) == 0.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    k=st.integers(1, 12),
+    extra=st.integers(0, 40),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1e-20, 1.0, 1e15]),
+)
+def test_the_polar_direction_is_the_polar_factor(k: int, extra: int, seed: int, scale: float) -> None:
+    M = _matrix(k + extra, k, seed, condition=20.0)
+    nearest = retract(M, "polar")
+    for dtype in DTYPES:
+        found = polar_direction((M * scale).to(dtype))
+        assert found.dtype is dtype
+        torch.testing.assert_close(found.double(), nearest, rtol=0, atol=1e-3)
+
+
+def test_the_polar_direction_of_what_is_not_there_is_nothing() -> None:
+    assert not polar_direction(torch.zeros(2, 7, 3)).any()
+    M = torch.zeros(7, 3)
+    M[0, 0] = 2.0
+    torch.testing.assert_close(polar_direction(M), M / 2, rtol=0, atol=1e-5)
+    noisy = polar_direction(_matrix(40, 6, 0, condition=1e9, dtype=torch.float32))
+    assert float(torch.linalg.matrix_norm(noisy, 2)) <= 1.001

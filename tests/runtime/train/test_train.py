@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import sctconv
 from sctconv.cli import main
 from sctconv.formats.errors import SctError
-from sctconv.runtime.retraction import drift, retract, tangent
+from sctconv.runtime.retraction import drift, polar_direction, retract, tangent
 from sctconv.runtime.spectral import SpectralLinear
 from sctconv.runtime.train import (
     Files,
@@ -154,17 +154,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(factored: Path) -> None:
         train(model, data, quick())
 
 
-def test_a_step_turns_each_column_by_its_angle() -> None:
+@pytest.mark.parametrize("polar", [None, polar_direction])
+def test_a_step_turns_each_column_by_its_angle(polar: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     X = torch.nn.Parameter(torch.linalg.qr(torch.randn(400, 6, generator=generator))[0])
     before = X.detach().clone()
     optimizer = SpectralAdam(
-        [{"params": [X], "kind": "stiefel", "rate": 0.01}], tangent=lambda X, G: tangent(X, G), retract=retract
+        [{"params": [X], "kind": "stiefel", "rate": 0.01}], tangent=tangent, retract=retract, polar=polar
     )
     X.grad = torch.randn(400, 6, generator=generator)
+    X.grad[:, 1] += 3 * X.grad[:, 0]
     optimizer.step()
     angles = torch.acos((before * X.detach()).sum(0).double().clamp(-1, 1))
     torch.testing.assert_close(angles, torch.full((6,), 0.01, dtype=torch.float64), rtol=0.05, atol=0)
+    if polar is not None:  # and every direction in their span as well
+        moved = torch.linalg.svdvals((X.detach() - before).double())
+        torch.testing.assert_close(moved, torch.full((6,), 0.01, dtype=torch.float64), rtol=0.05, atol=0)
 
 
 def test_singular_values_move_by_a_share_of_themselves() -> None:
