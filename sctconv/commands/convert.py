@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from .common import DTYPE, Size, count, print_json, progress_bar, size
+from .common import DTYPE, Size, count, duration, print_json, progress_bar, size
 
 if TYPE_CHECKING:
+    from sctconv.convert.forecast import Forecast
     from sctconv.convert.pipeline import ConvertReport
     from sctconv.convert.plan import Plan
 
@@ -113,8 +114,8 @@ def convert(
         from sctconv.convert.pipeline import plan_conversion
 
         with progress_bar("planning", quiet=as_json) as progress:
-            plan = plan_conversion(source, options, low_disk=low_disk, progress=progress)
-        print_json(_plan_json(plan)) if as_json else _print_plan(plan)
+            plan, expected = plan_conversion(source, options, low_disk=low_disk, progress=progress)
+        print_json(_plan_json(plan, expected)) if as_json else _print_plan(plan, expected)
         return
 
     from sctconv.convert.pipeline import convert as run
@@ -187,7 +188,7 @@ def _print_report(report: ConvertReport) -> None:
     )
 
 
-def _plan_json(plan: Plan) -> dict[str, object]:
+def _plan_json(plan: Plan, expected: Forecast) -> dict[str, object]:
     return {
         "layers": [
             {"name": layer.name, "out": layer.out, "in": layer.in_, "rank": layer.rank, "reason": layer.reason}
@@ -197,10 +198,12 @@ def _plan_json(plan: Plan) -> dict[str, object]:
         "dense_bytes": plan.dense_bytes,
         "parameters": plan.parameters,
         "dense_parameters": plan.dense_parameters,
+        "seconds": expected.seconds,
+        "peak_rss_bytes": expected.peak_bytes,
     }
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, expected: Forecast) -> None:
     width = max(len(layer.name) for layer in plan.layers.values())
     for layer in plan.layers.values():
         verdict = f"dense  {layer.reason}" if layer.reason else f"rank {layer.rank or 'by energy'}"
@@ -208,6 +211,9 @@ def _print_plan(plan: Plan) -> None:
     click.echo(
         f"\nwould write {size(plan.bytes)}, {count(plan.parameters)} parameters "
         f"(dense {size(plan.dense_bytes)}, {count(plan.dense_parameters)}); nothing was written"
+    )
+    click.echo(
+        f"would take about {duration(expected.seconds)} and {size(expected.peak_bytes)} of memory on this machine"
     )
     if any(layer.rank is None and layer.reason is None for layer in plan.layers.values()):
         click.echo("ranks by energy are known only after the SVD; their layers are counted as dense here")

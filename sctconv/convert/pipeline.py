@@ -42,6 +42,7 @@ from sctconv.sources.weights import DenseModel
 from .calibrated import Calibrated, read_texts
 from .fit import DenseFit, Fit
 from .fit_store import FitStore
+from .forecast import Forecast, forecast
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
 from .resume import JOURNAL_SECONDS, check_same, check_stopped, digest, fingerprint, fits_path, is_stopped
@@ -217,19 +218,20 @@ def _begin(out: SctWriter, model: DenseModel, plan: Plan, key: dict[str, Any]) -
 
 def plan_conversion(
     source: str | Source, options: ConvertOptions, *, low_disk: bool = False, progress: Progress | None = None
-) -> Plan:
-    """What `convert` would do: the plan of a dry run; with measured allocation that takes the measuring.
+) -> tuple[Plan, Forecast]:
+    """What `convert` would do and what that would take: the dry run; with measured allocation that takes the measuring.
 
     Raises:
         As `convert`, but for the output.
     """
+    usable_device(options.device)
     model = DenseModel(open_source(source, low_disk=low_disk) if isinstance(source, str) else source)
     plan = make_plan(model, options)
     if options.allocate == "measured":
         texts = read_texts(model, options)
         with tempfile.TemporaryDirectory() as directory, FitStore(Path(directory) / "plan", {}) as kept:
             plan = Calibrated(model, plan, options, texts, kept, progress=_of_one(progress)).plan
-    return plan
+    return plan, forecast(model, plan, options)
 
 
 def _of_one(progress: Progress | None) -> Callable[[float, str], None] | None:

@@ -136,7 +136,7 @@ def _row(row: str, directory: Path, tokens: int, measure: Callable[[Any], list[f
 @functools.cache
 def _ranks(options: ConvertOptions) -> dict[str, int]:
     start = time.perf_counter()
-    plan = plan_conversion(open_source(str(real_gguf())), options)
+    plan, _ = plan_conversion(open_source(str(real_gguf())), options)
     print(f"{'(measuring ranks)':72}{time.perf_counter() - start:>9.0f}", flush=True)
     return {layer.name: layer.rank for layer in plan.layers.values() if layer.rank}
 
