@@ -12,6 +12,8 @@ from transformers import TextIteratorStreamer, set_seed
 
 from sctconv.formats.errors import SctError
 
+from .chat_template import render_chat
+
 
 class GenerationError(SctError):
     """The prompt or an option does not suit the model."""
@@ -62,18 +64,10 @@ class GenerateOptions:
 def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """The tokens of a conversation by the model's own chat template, ready for the assistant's turn.
 
-    transformers renders the template in jinja2's immutable sandbox.
-
     Raises:
-        GenerationError: the model has no chat template, or it refuses the messages.
+        ChatTemplateError: the model has no chat template, or one that cannot be rendered.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise GenerationError("the model has no chat template; generate without --chat")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        raise GenerationError(f"the chat template cannot be rendered: {' '.join(str(error).split())[:200]}") from None
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(render_chat(tokenizer, messages, prompt=True), add_special_tokens=False).input_ids)
 
 
 def generate(model: Any, tokenizer: Any, ids: Sequence[int], options: GenerateOptions) -> Generator[str, None, None]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chat_template import ChatTemplateError, render_chat
 from ..texts import HUB, TextError, has_records, read_text, records
 from .options import TrainError
 
@@ -201,13 +202,15 @@ def _chat(where: str, messages: list[Any], tokenizer: Any) -> Piece:
             whole = _rendered(tokenizer, messages[: place + 1], prompt=False)
             learned += [is_answer] * (len(whole) - len(ids))
             ids = whole
-    except Exception as error:  # the template's own language raises what it likes
+    except ChatTemplateError as error:
+        raise TextError(f"{where}: {error}") from None
+    except Exception as error:  # a message that is no object, or has no role
         text = " ".join(str(error).split())[:160]
         raise TextError(f"{where}: the chat template cannot render it ({type(error).__name__}: {text})") from None
     return ids, learned[: len(ids)]
 
 
 def _rendered(tokenizer: Any, messages: list[Any], *, prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) if messages else ""
+    text = render_chat(tokenizer, messages, prompt=prompt) if messages else ""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from sctconv.runtime.generate import GenerateOptions, GenerationError, chat_ids, generate
+from sctconv.runtime.generate import GenerateOptions, GenerationError, generate
 from tests.models import tiny_tokenizer
 
 
@@ -76,24 +75,6 @@ def test_a_failure_in_the_model_reaches_the_caller(loaded: tuple[Any, Any], monk
     monkeypatch.setattr(model, "generate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(generate(model, tokenizer, [1, 2], GenerateOptions()))
-
-
-def test_chat_ids_are_the_rendered_template(loaded: tuple[Any, Any]) -> None:
-    _, tokenizer = loaded
-    ids = chat_ids(tokenizer, [{"role": "user", "content": "Hi"}])
-    assert tokenizer.decode(ids) == "user: Hi<end>assistant:"
-
-
-@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{% raise %}", "{{ messages.append(1) }}", None])
-def test_a_hostile_or_missing_template_is_one_line(
-    loaded: tuple[Any, Any], template: str | None, tmp_path: Path
-) -> None:
-    tiny_tokenizer(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.chat_template = template
-    with pytest.raises(GenerationError, match="chat template") as caught:
-        chat_ids(tokenizer, [{"role": "user", "content": "Hi"}])
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
