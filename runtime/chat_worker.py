@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def main() -> None:
+    """Answers requests until there are no more."""
     seconds, characters, nbytes = map(int, sys.argv[1:])
     out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints is no answer
     SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[assignment, method-assign]

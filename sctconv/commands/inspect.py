@@ -50,11 +50,10 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
     state = "" if facts["complete"] else ", NOT COMPLETE"
     click.echo(f"{facts['path']}: .sct {facts['version']}, {size(facts['bytes'])}{state}")
     click.echo(f"parameters   {count(facts['parameters'])} (dense {count(facts['dense_parameters'])})")
-    source = metadata.get("source", {})
-    click.echo(f"source       {source.get('source', 'unknown')} {source.get('revision', '')}".rstrip())
-    conversion = metadata.get("conversion", {})
-    click.echo(f"conversion   {', '.join(f'{key} {value}' for key, value in conversion.items()) or 'unknown'}")
-    click.echo(f"made by      {metadata.get('generator', 'unknown')}")
+    source, conversion = _object(metadata.get("source")), _object(metadata.get("conversion"))
+    click.echo(_line(f"source       {source.get('source', 'unknown')} {source.get('revision', '')}"))
+    click.echo(_line(f"conversion   {', '.join(f'{key} {value}' for key, value in conversion.items()) or 'unknown'}"))
+    click.echo(_line(f"made by      {metadata.get('generator', 'unknown')}"))
     click.echo(f"files        {', '.join(file['name'] for file in facts['files']) or 'none'}")
     layers = facts["layers"]
     width = max([len(layer["name"]) for layer in layers], default=5)
@@ -65,9 +64,21 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
         click.echo(
             f"{layer['name']:<{width}}  {shape:>14}  {layer['rank']:>5}  {energy:>7}  {error:>7}  {layer['dtype']}"
         )
-    for layer in metadata.get("dense_layers", []):
-        click.echo(f"{layer['name']:<{width}}  {layer['out']} x {layer['in']}  dense: {layer['reason']}")
+    dense_layers = metadata.get("dense_layers")
+    for layer in map(_object, dense_layers if isinstance(dense_layers, list) else []):
+        name, out, in_, reason = (str(layer.get(key, "?")) for key in ("name", "out", "in", "reason"))
+        click.echo(_line(f"{name:<{width}}  {out} x {in_}  dense: {reason}"))
     if tensors:
         click.echo("")
         for tensor in facts["tensors"]:
             click.echo(f"{tensor['dtype']:>8}  {tensor['shape']!s:<20}  {tensor['name']}")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """What should be an object; metadata is free, so it may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def _line(text: str) -> str:
+    """Text of the metadata on one line, without what would drive a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).rstrip()

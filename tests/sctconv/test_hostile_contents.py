@@ -1,4 +1,5 @@
-"""Paths and addresses that stand in a .sct file are text: no command opens, fetches or runs what they name."""
+"""A stranger's .sct file: paths and addresses in it are text, which no command opens, fetches or runs; its template is
+stopped; its metadata may be anything."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from click.testing import CliRunner
 from sctconv.cli import main
 from sctconv.formats.reader import SctFile
 from sctconv.formats.writer import rewrite
+from sctconv.runtime import chat_template
 from tests.models import save, tiny_tokenizer
 from tests.sctconv.opened_files import opened_in
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 
 PROGRAM = """if True:
     import json, sys
@@ -148,6 +150,7 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
+@linux
 def test_no_command_follows_a_path_that_a_file_holds(model: Path, bait: Path, tmp_path: Path, text: str) -> None:
     paths = {}
     for kind in ("absolute", "relative", "address"):
@@ -185,6 +188,7 @@ MAY_BE_REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@linux
 def test_what_may_be_refused_follows_nothing_either(model: Path, bait: Path, tmp_path: Path) -> None:
     commands = []
     for number, (file, changed) in enumerate(MAY_BE_REFUSED):
@@ -197,9 +201,76 @@ def test_what_may_be_refused_follows_nothing_either(model: Path, bait: Path, tmp
     assert names == set() and not (bait / "ran").exists()
 
 
+@linux
 def test_the_watch_sees_who_opens_what(bait: Path) -> None:
     from tokenizers import Tokenizer
 
     with opened_in(bait) as names:
         Tokenizer.from_file(str(bait / "tokenizer.json"))
     assert names == {"tokenizer.json"}
+
+
+TEMPLATES = {
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    "{{ 'a' * 10**9 }}": "takes over 512 MiB of memory",
+    "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}": "takes over 2 s",
+    "{% for message in messages %}{{ message.content }}{% endfor %}": None,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_hostile_template_ends_generate_and_train_in_one_line(
+    model: Path, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 2)
+    path, chats = tmp_path / "hostile.sct", tmp_path / "chats.jsonl"
+    with SctFile(model) as file:
+        rewrite(file, path, files={"chat_template.jinja": template.encode()})
+    record = {"messages": [{"role": "user", "content": "Hi " * 40}, {"role": "assistant", "content": "Ho " * 20}]}
+    chats.write_text(f"{json.dumps(record)}\n" * 40)
+    quick = ["--steps", "1", "--context", "16", "--batch", "2"]
+    for command in (
+        ["generate", path, "--chat", "-p", "Hi", "--max-new-tokens", "2"],
+        ["train", path, "--data", chats, "-o", tmp_path / "trained.sct", *quick],
+    ):
+        result = CliRunner().invoke(main, [str(word) for word in command])
+        refused = TEMPLATES[template]
+        assert result.exit_code == (1 if refused else 0), result.output
+        assert (tmp_path / "trained.sct").exists() == (command[0] == "train" and refused is None)
+        if refused:
+            assert isinstance(result.exception, SystemExit)
+            (line,) = (line for line in result.stderr.splitlines() if line.startswith("sctconv: "))
+            assert refused in line and "the chat template" in line
+
+
+ANYTHING: list[Any] = [
+    None,
+    True,
+    1,
+    -1e308,
+    "x",
+    "\x1b]0;a\x07\u202e",
+    [],
+    [1],
+    [[]],
+    [{}],
+    {},
+    {"x": 1},
+    {"source": {}},
+]
+ANYTHING += [[{"name": 1}], [{"name": "a\nb", "out": "x", "in": None, "reason": {}}]]
+KEYS = [("source",), ("conversion",), ("generator",), ("dense_layers",), ("training",), ("parameters",)]
+KEYS += [("conversion", key) for key in ("method", "calibration", "held_out", "allocation", "refinement", "tuning")]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_metadata_may_be_anything(model: Path, tmp_path: Path, key: tuple[str, ...]) -> None:
+    path = tmp_path / "hostile.sct"
+    for value in ANYTHING:
+        metadata = {key[0]: {key[1]: value} if len(key) > 1 else value}
+        with SctFile(model) as file:
+            rewrite(file, path, metadata=metadata, overwrite=True)
+        for command in (["inspect"], ["inspect", "--json"], ["report", "--overwrite"]):
+            result = CliRunner().invoke(main, [command[0], str(path), *command[1:]], color=True)
+            assert result.exit_code == 0, (value, result.exception)
+            assert "\x1b" not in result.output
