@@ -17,7 +17,7 @@ from sctconv.runtime.chat_template import ChatTemplateError, render_chat
 from sctconv.runtime.generate import chat_ids
 from tests.models import tiny_tokenizer
 
-MESSAGES = [
+MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief. <end>"},
     {"role": "user", "content": "Größe\u2028\ud800?", "x": None},
 ]

@@ -259,7 +259,14 @@ ANYTHING: list[Any] = [
     {"source": {}},
 ]
 ANYTHING += [[{"name": 1}], [{"name": "a\nb", "out": "x", "in": None, "reason": {}}]]
-KEYS = [("source",), ("conversion",), ("generator",), ("dense_layers",), ("training",), ("parameters",)]
+KEYS: list[tuple[str, ...]] = [
+    ("source",),
+    ("conversion",),
+    ("generator",),
+    ("dense_layers",),
+    ("training",),
+    ("parameters",),
+]
 KEYS += [("conversion", key) for key in ("method", "calibration", "held_out", "allocation", "refinement", "tuning")]
 
 
@@ -274,3 +281,14 @@ def test_metadata_may_be_anything(model: Path, tmp_path: Path, key: tuple[str, .
             result = CliRunner().invoke(main, [command[0], str(path), *command[1:]], color=True)
             assert result.exit_code == 0, (value, result.exception)
             assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("junk", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b"[]", b"1", b'{"a": NaN', b'"\\ud800"'])
+def test_an_embedded_file_that_is_junk_is_one_line(model: Path, tmp_path: Path, name: str, junk: bytes) -> None:
+    path = tmp_path / "hostile.sct"
+    with SctFile(model) as file:
+        rewrite(file, path, files={name: junk})
+    result = CliRunner().invoke(main, ["generate", str(path), "-p", "Hi", "--max-new-tokens", "2"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("sctconv: "), result.stderr
