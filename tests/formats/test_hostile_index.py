@@ -91,8 +91,12 @@ BIG = 1 << 60
             {(*TIED, "shape"): [1 << 32, 1 << 32], (*TIED, "nbytes"): 0}, ShapeError, "over", id="product 2^64"
         ),
         pytest.param({(*TIED, "shape"): [BIG] * 8}, ShapeError, f"over {BIG} bytes", id="product 2^480"),
+        pytest.param(  # in 64 bits the product wraps to the 12 bytes that are there
+            {(*TIED, "shape"): [6, 5, 922337203685477581]}, ShapeError, "over", id="product wraps to nbytes"
+        ),
         pytest.param({("tensors", "empty", "shape"): [0, BIG, BIG]}, ShapeError, "over", id="product with a zero"),
         pytest.param({(*TIED, "shape"): [6] + [1] * 8}, LimitError, "tensor tied: 9 dimensions; at most 8", id="dims"),
+        pytest.param({(*TIED, "shape"): [1] * 100_000}, LimitError, "tied: 100000 dimensions", id="dims huge"),
         # places
         pytest.param(
             {(*TIED, "offset"): -64}, BlobBoundsError, r"tied: its blob at -64\+12 is not a place", id="negative"
@@ -109,6 +113,10 @@ BIG = 1 << 60
             {(*FILE, "nbytes"): 65}, BlobBoundsError, r"config\.json: its blob ends at 513", id="file too long"
         ),
         pytest.param(
+            {(*FILE, "nbytes"): (1 << 64) - 64}, BlobBoundsError, "448\\+18446744073709551552", id="end wraps"
+        ),
+        pytest.param({(*FILE, "nbytes"): 0}, BlobLayoutError, "the blobs end at 448", id="file of nothing"),
+        pytest.param(
             {(*S, "offset"): 64}, BlobLayoutError, r"l\.U: its blob at 64 overlaps .* ends at 72", id="overlap"
         ),
         pytest.param({(*TIED_TOO, "shape"): [6]}, BlobLayoutError, "overlaps", id="shared, other shape"),
@@ -120,6 +128,8 @@ BIG = 1 << 60
         # layers
         pytest.param({(*L, "rank"): 4}, LayerError, "rank 4 does not fit a layer of 4 x 3", id="rank"),
         pytest.param({(*L, "rank"): 0}, LayerError, "rank 0 does not fit", id="rank 0"),
+        pytest.param({(*L, "out"): 0}, LayerError, "rank 2 does not fit a layer of 0 x 3", id="out 0"),
+        pytest.param({(*L, "in"): 0, (*L, "rank"): 0}, LayerError, "rank 0 does not fit a layer of 4 x 0", id="in 0"),
         pytest.param({(*L, "out"): -4}, LayerError, "layer of -4 x 3", id="negative out"),
         pytest.param({(*L, "in"): 5}, LayerError, r"l\.V should be F32 \[5, 2\], but is F32 \[3, 2\]", id="in"),
         pytest.param({(*L, "name"): "m"}, LayerError, r"m\.U should be F32 \[4, 2\], but is missing", id="no factors"),

@@ -170,3 +170,19 @@ def test_rows_are_read_alone(tmp_path):
         for rows in (slice(None), slice(0, 3), slice(3, 40), slice(11, 12), slice(5, 5), slice(-2, None), slice(9, 2)):
             assert (file.read("W", rows) == array[rows]).all() and file.read("W", rows).shape == array[rows].shape
         assert file.read("b").shape == ()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3), (0, 0), (0, 1 << 40)])
+def test_a_dimension_of_zero_divides_nothing(tmp_path, shape):
+    with SctWriter(tmp_path / "m.sct") as writer:
+        writer.add_tensor("empty", [], dtype="F32", shape=shape)
+        writer.add_tensor("W", np.ones((2, 3), "<f4"))
+        writer.commit()
+    with SctFile(tmp_path / "m.sct") as file:
+        for rows in (slice(None), slice(0, 1), slice(1, 5)):
+            count = len(range(*rows.indices(shape[0])))
+            assert file.read("empty", rows).shape == (count, *shape[1:])
+        assert file.tensor("empty").shape == shape and not file.tensor("empty").nbytes
+        assert list(file.pieces(file.entry("empty"))) == []
+        file.verify(file.entry("empty"))
+        file.verify_padding()
