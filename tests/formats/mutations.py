@@ -132,29 +132,22 @@ def values(rng: Random, base: Base) -> bytes:
     for _ in range(rng.randint(1, 2)):
         path = spot(rng, index)
         holder, key = at(index, path[:-1]), path[-1]
-        match rng.randrange(8):
+        match rng.randrange(12):
             case 0:
                 holder[key] = rng.choice(VALUES)
-            case 1:
+            case 1 | 2:
                 same = [value for value in VALUES if type(value) is type(holder[key])]
                 holder[key] = rng.choice(same or VALUES)
-            case 2:
-                del holder[key]
-            case 3:
-                holder[key] = _copy(at(index, spot(rng, index)))
-            case 4:
+            case 3 | 4 | 5:
                 holder[key] = _near(rng, holder[key])
-            case 5:
-                entries = index.get(rng.choice(LISTS))
-                if isinstance(entries, list) and entries:
-                    entries.append(_copy(rng.choice(entries)))
             case 6:
-                if isinstance(holder, dict):
-                    holder[rng.choice(NAMES)] = holder.pop(key)
-                else:
-                    holder.reverse()
+                holder[key] = _copy(at(index, spot(rng, index)))
             case 7:
                 holder[key] = _large(rng, holder[key])
+            case 8:
+                _rename(rng, holder, key)
+            case _:
+                _shuffle(rng, index.get(rng.choice(LISTS)))
     return base.signed(json.dumps(index).encode())
 
 
@@ -202,6 +195,33 @@ def _near(rng: Random, value: Any) -> Any:
             return rng.choice(([*value, 1], [1, *value], value[::-1], value[:-1], value * 2, [value]))
         case _:
             return [value]
+
+
+def _rename(rng: Random, holder: Any, key: Any) -> None:
+    """Takes a value out, or puts it under another name or place."""
+    value = holder.pop(key)
+    if rng.random() < 0.5:
+        if isinstance(holder, dict):
+            holder[rng.choice(NAMES)] = value
+        else:
+            holder.insert(rng.randrange(len(holder) + 1), value)
+
+
+def _shuffle(rng: Random, entries: Any) -> None:
+    """An entry twice, left out or under another name; or two of them exchange a value."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry for entry in entries) or not entries:
+        return
+    one, other = rng.choice(entries), rng.choice(entries)
+    match rng.randrange(4):
+        case 0:
+            entries.append(_copy(one) | {"name": rng.choice(NAMES)})
+        case 1:
+            entries.append(_copy(one))
+        case 2:
+            entries.remove(one)
+        case 3:
+            for key in rng.sample(sorted(one), rng.randint(1, min(2, len(one)))):
+                one[key], other[key] = other.get(key), one[key]
 
 
 def _large(rng: Random, value: Any) -> Any:
