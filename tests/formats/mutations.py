@@ -30,7 +30,7 @@ SNIPPETS = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"NaN", b"1e999", b"-", b"
 SNIPPETS += [b'"name":"l.U",', b'"offset":64,', b'"nbytes":0,', b'"complete":true,', b"null", b"\xef\xbb\xbf"]
 LISTS = ("tensors", "layers", "files")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # none in a line on a terminal
-REACH = 64  # how often one mutant in so many is a costly one: huge lists and nesting
+REACH = 256  # how often one mutant in so many is a costly one: huge lists and nesting
 
 
 @dataclass(frozen=True)
