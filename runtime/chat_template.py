@@ -93,7 +93,8 @@ class _Worker:
             if self._process is None or self._process.poll() is not None:
                 self.stop()
                 self._process = _start()
-                self._exchange(b"", _STARTUP_SECONDS)
+                if "error" in (ready := self._exchange(b"", _STARTUP_SECONDS)):
+                    return ready
             return self._exchange(line + b"\n", SECONDS)
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, str]:

@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 def main() -> None:
     """Answers requests until there are no more."""
-    seconds, characters, nbytes = map(int, sys.argv[1:])
+    seconds, characters, nbytes = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints is no answer
     SandboxedEnvironment.unsafe_undefined = _refuse  # type: ignore[assignment, method-assign]
     _limit_memory(nbytes)
@@ -60,12 +60,12 @@ def _limit_memory(nbytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + nbytes, used + nbytes))
 
 
-def _limit_time(seconds: int) -> None:
+def _limit_time(seconds: float) -> None:
     """Ends this process when it has worked for longer, also if the one that would kill it is gone."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        most = math.ceil(time.process_time()) + seconds + 1
+        most = math.ceil(time.process_time() + seconds) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 

@@ -136,6 +136,17 @@ def test_a_process_that_is_gone_is_replaced(tokenizer: Any) -> None:
     assert still_works(tokenizer)
 
 
+def test_a_process_that_does_not_start_is_one_line(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "worker.py").write_text("raise SystemExit(3)")
+    chat_template._worker.stop()
+    monkeypatch.setattr(chat_template, "_WORKER", tmp_path / "worker.py")
+    assert "ends the process that renders it (exit code 3)" in one_line(tokenizer, "x")
+    monkeypatch.undo()
+    assert still_works(tokenizer)
+
+
 def test_an_interrupt_leaves_no_answer_behind(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert still_works(tokenizer)
     tokenizer.chat_template = "an answer that nobody reads"

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from sctconv.cli import main
 from sctconv.formats.reader import SctFile
-from sctconv.formats.writer import rewrite
+from sctconv.formats.writer import SctWriter, rewrite
 from sctconv.runtime import chat_template
 from tests.models import save, tiny_tokenizer
 from tests.sctconv.opened_files import opened_in
@@ -87,13 +88,21 @@ def bait(tmp_path: Path) -> Path:
     return directory
 
 
-def hostile(path: Path, target: Path, changes: dict[str, dict[str, Any]], metadata: dict[str, Any]) -> Path:
-    """A copy of a model with fields added to its embedded JSON files, and metadata."""
-    with SctFile(path) as file:
-        files = {name: json.loads(file.file(name)) | fields for name, fields in changes.items()}
-        rewrite(
-            file, target, metadata=metadata, files={name: json.dumps(item).encode() for name, item in files.items()}
-        )
+def hostile(
+    path: Path, target: Path, changes: dict[str, dict[str, Any]], metadata: dict[str, Any], names: tuple[str, ...] = ()
+) -> Path:
+    """A copy of a model with fields added to its embedded JSON files, metadata, and tensors of these names."""
+    with SctFile(path) as file, SctWriter(target, metadata=metadata) as out:
+        for entry in file.index.tensors.values():
+            out.add_tensor(entry.name, file.tensor(entry.name))
+        for place, name in enumerate(names):
+            out.add_tensor(name, np.full(3, place, "<f4"))
+        for record in file.index.layers.values():
+            out.add_layer(record)
+        for name in file.index.files:
+            data = file.file(name)
+            out.add_file(name, json.dumps(json.loads(data) | changes[name]).encode() if name in changes else data)
+        out.commit()
     return target
 
 
@@ -157,7 +166,8 @@ def test_no_command_follows_a_path_that_a_file_holds(model: Path, bait: Path, tm
         changes = fields(kind, bait)
         there = changes["config.json"]["_name_or_path"]
         metadata: dict[str, Any] = {"source": {"source": there}, "path": f"{there}/config.json"}
-        paths[kind] = str(hostile(model, tmp_path / f"{kind}.sct", changes, metadata))
+        names = (there, f"{there}/model.safetensors", f"file://{there}/config.json", f"{there}/modeling_evil.py")
+        paths[kind] = str(hostile(model, tmp_path / f"{kind}.sct", changes, metadata, names))
     path = paths["absolute"]
     commands = [
         ["inspect", path, "--tensors"],
@@ -170,10 +180,10 @@ def test_no_command_follows_a_path_that_a_file_holds(model: Path, bait: Path, tm
         ["train", path, "--data", text, "-o", f"{path}.trained", "--steps", "1", "--context", "16", "--batch", "2"],
         ["export-onnx", path, "-o", f"{path}.onnx"],
     ]
-    with opened_in(bait) as names:
+    with opened_in(bait) as opened:
         codes, output = run(commands, tmp_path)
     assert "EVENT" not in output and set(codes) == {"0"}, output
-    assert names == set() and not (bait / "ran").exists()
+    assert opened == set() and not (bait / "ran").exists()
 
 
 MAY_BE_REFUSED: list[tuple[str, dict[str, Any]]] = [
