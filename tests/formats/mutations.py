@@ -134,10 +134,10 @@ def values(rng: Random, base: Base) -> bytes:
         holder, key = at(index, path[:-1]), path[-1]
         match rng.randrange(12):
             case 0:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = _copy(rng.choice(VALUES))
             case 1 | 2:
                 same = [value for value in VALUES if type(value) is type(holder[key])]
-                holder[key] = rng.choice(same or VALUES)
+                holder[key] = _copy(rng.choice(same or VALUES))
             case 3 | 4 | 5:
                 holder[key] = _near(rng, holder[key])
             case 6:

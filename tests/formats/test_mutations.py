@@ -60,5 +60,11 @@ def test_values_of_the_index_with_a_right_hash(base, tmp_path, seed, traced):
     assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
 
 
+def test_the_same_seed_gives_the_same_mutants(base):
+    """So a failure can be found again; whatever other mutants were made before."""
+    first, second = ([values(rng, base) for _ in range(500)] for rng in (random.Random(3), random.Random(3)))
+    assert first == second
+
+
 def test_the_file_survives_unchanged(base, tmp_path):
     assert outcome(tmp_path / "a.sct", base.signed()) == "read"
