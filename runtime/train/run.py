@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from sctconv.formats.atomic import atomic_file, check_target
+from sctconv.formats.lock import output_lock
 from sctconv.formats.reader import SctFile
 
 from ..memory import peak_rss_bytes
@@ -109,9 +110,22 @@ def run(
 
     Raises:
         FormatError: a file is damaged. TextError: a text cannot be read. TrainError: see `load_data`, `train`, `restore`
-            and `CachedTeacher`. OutputError: the output exists or cannot be written.
+            and `CachedTeacher`. OutputError: the output exists, cannot be written or is being written by another process.
     """
     check_target(files.output, overwrite=files.overwrite or files.resume is not None)
+    with output_lock(files.output):
+        return _run(files, texts, options, teacher, device, on_step, on_asked)
+
+
+def _run(
+    files: Files,
+    texts: Sequence[str],
+    options: TrainOptions,
+    teacher: TeacherSource | None,
+    device: torch.device | str,
+    on_step: Callable[[Progress], None] | None,
+    on_asked: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
     began = time.perf_counter()
     with SctFile(files.model) as file:
         options = options.resolved(torch.device(device), scratch=is_fresh(file.index.metadata))

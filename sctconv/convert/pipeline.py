@@ -23,6 +23,7 @@ from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
 from sctconv.formats.errors import OutputError
 from sctconv.formats.index import LayerRecord
+from sctconv.formats.lock import output_lock
 from sctconv.formats.writer import SctWriter
 from sctconv.report.conversion import write_report
 from sctconv.runtime.linalg import (
@@ -138,62 +139,49 @@ def convert(
         journal_seconds: how often what is done is kept.
 
     Raises:
-        OptionError: the options do not fit the model, or are not those of the stopped conversion. CheckpointError, ModelError: the source cannot be read.
-        NonFiniteError: a tensor holds NaN or infinity. OutputError: the output cannot be written.
+        OptionError: the options do not fit the model, or are not those of the stopped conversion. CheckpointError, ModelError:
+            the source cannot be read. NonFiniteError: a tensor holds NaN or infinity. OutputError: the output cannot be
+            written, or another process is writing it.
     """
     start = time.perf_counter()
     device = usable_device(options.device)
-    if output is not None:  # before anything is downloaded
-        check_target(Path(output), overwrite=overwrite)
-        check_stopped(Path(output), overwrite=overwrite, resume=resume)
+    if output is not None:
+        check_target(Path(output), overwrite=overwrite)  # before anything is downloaded
     source = open_source(source, low_disk=low_disk) if isinstance(source, str) else source
-    model = DenseModel(source)
-    plan = make_plan(model, options, must_shrink=must_shrink)
     path = Path(output) if output is not None else default_output(source, options)
     check_target(path, overwrite=overwrite)
-    check_stopped(path, overwrite=overwrite, resume=resume)
-    page = path.with_suffix(".report.html") if report else None
-    if page is not None:
-        check_target(page, overwrite=overwrite)
-    texts = read_texts(model, options) if options.calibration else None
-    key = fingerprint(model, options, texts)
-    calibrated = None
-    try:
-        with contextlib.ExitStack() as stack:
-            out = stack.enter_context(SctWriter(path, overwrite=overwrite, journaled=True, resume=resume))
-            _check_space(path, plan, out)
-            _begin(out, model, plan, key)
-            if texts is not None and not out.is_complete:
-                kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
-                calibrated = Calibrated(
-                    model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
-                )
-                plan = calibrated.plan
-            run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
-            if not out.is_complete:
-                run.write(progress, journal_seconds)
-                run.finish(key)
-    except BaseException as error:
-        if is_stopped(path) and not isinstance(error, OptionError):
-            error.add_note(f"what is done is kept beside {path}; go on with --resume")
-        raise
-    if page is not None:
-        write_report(path, page, overwrite=overwrite)
-    return ConvertReport(
-        output=str(path),
-        bytes=path.stat().st_size,
-        dense_bytes=plan.dense_bytes,
-        layers=list(out.layers.values()),
-        dense=run.dense,
-        unused=model.unused,
-        parameters=out.metadata["parameters"],
-        dense_parameters=plan.dense_parameters,
-        seconds=time.perf_counter() - start,
-        peak_rss_bytes=peak_rss_bytes(),
-        quality=out.metadata["conversion"] if texts is not None else None,
-        memory_limit_bytes=calibrated.memory.limit if calibrated else None,
-        report=str(page) if page else None,
-    )
+    with output_lock(path):
+        check_stopped(path, overwrite=overwrite, resume=resume)
+        page = path.with_suffix(".report.html") if report else None
+        if page is not None:
+            check_target(page, overwrite=overwrite)
+        model = DenseModel(source)
+        plan = make_plan(model, options, must_shrink=must_shrink)
+        texts = read_texts(model, options) if options.calibration else None
+        key = fingerprint(model, options, texts)
+        calibrated = None
+        try:
+            with contextlib.ExitStack() as stack:
+                out = stack.enter_context(SctWriter(path, overwrite=overwrite, journaled=True, resume=resume))
+                _check_space(path, plan, out)
+                _begin(out, model, plan, key)
+                if texts is not None and not out.is_complete:
+                    kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
+                    calibrated = Calibrated(
+                        model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
+                    )
+                    plan = calibrated.plan
+                run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
+                if not out.is_complete:
+                    run.write(progress, journal_seconds)
+                    run.finish(key)
+        except BaseException as error:
+            if is_stopped(path) and not isinstance(error, OptionError):
+                error.add_note(f"what is done is kept beside {path}; go on with --resume")
+            raise
+        if page is not None:
+            write_report(path, page, overwrite=overwrite)
+        return run.report(page, time.perf_counter() - start)
 
 
 def _begin(out: SctWriter, model: DenseModel, plan: Plan, key: dict[str, Any]) -> None:
@@ -285,11 +273,24 @@ class _Conversion:
         self.out.metadata["fingerprint"] = digest(key)
         self.out.commit()
 
-    @property
-    def dense(self) -> list[LayerPlan]:
-        """The selected layers that stayed dense, with the reason."""
-        layers = {layer.name: layer for layer in self.plan.layers.values()}
-        return [replace(layers[item["name"]], reason=item["reason"]) for item in self.out.metadata["dense_layers"]]
+    def report(self, page: Path | None, seconds: float) -> ConvertReport:
+        """What was done, of a file that stands; `page` is where its pictures are."""
+        facts, layers = self.out.metadata, {layer.name: layer for layer in self.plan.layers.values()}
+        return ConvertReport(
+            output=str(self.out.path),
+            bytes=self.out.path.stat().st_size,
+            dense_bytes=self.plan.dense_bytes,
+            layers=list(self.out.layers.values()),
+            dense=[replace(layers[item["name"]], reason=item["reason"]) for item in facts["dense_layers"]],
+            unused=self.model.unused,
+            parameters=facts["parameters"],
+            dense_parameters=self.plan.dense_parameters,
+            seconds=seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            quality=facts["conversion"] if self.options.calibration else None,
+            memory_limit_bytes=self.calibrated.memory.limit if self.calibrated else None,
+            report=str(page) if page else None,
+        )
 
     def _is_written(self, name: str) -> bool:
         layer = self.plan.layers.get(name)

@@ -13,6 +13,7 @@ import torch
 
 from sctconv.errors import OptionError
 from sctconv.formats.errors import OutputError
+from sctconv.formats.lock import output_lock
 from sctconv.formats.reader import SctFile
 from sctconv.runtime.model import load
 from sctconv.runtime.onnx_model import GRAPH, OnnxError
@@ -94,8 +95,8 @@ def export_onnx(
         progress: called with tensors written, all tensors, and the name of one.
 
     Raises:
-        OptionError: no graph is known for the model. FormatError: the file is damaged. OutputError: the directory exists or
-            cannot be written. OnnxError: the graph does not compute what the model does.
+        OptionError: no graph is known for the model. FormatError: the file is damaged. OutputError: the directory exists,
+            cannot be written or is being written by another process. OnnxError: the graph does not compute what the model does.
     """
     target = Path(directory)
     if target.exists() and not overwrite:
@@ -104,6 +105,16 @@ def export_onnx(
         raise OutputError(f"{target}: is there and no exported model; --overwrite would remove it, choose another name")
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
+    with output_lock(target):
+        return _export(model, target, options, progress)
+
+
+def _export(
+    model: str | os.PathLike[str],
+    target: Path,
+    options: ExportOptions,
+    progress: Callable[[float, float, str], None] | None,
+) -> ExportReport:
     with SctFile(model) as file:
         files = {name: file.file(name) for name in file.index.files}
         config = load_config(files, str(model))
