@@ -193,6 +193,16 @@ class SctFile:
         if digest.hexdigest() != (blob.xxh3 if isinstance(blob, TensorEntry) else blob.sha256):
             raise self._damaged(blob)
 
+    def verify_blobs(self) -> None:
+        """Holds every blob against its checksum, each once, in the order of the file.
+
+        Raises:
+            ChecksumError: one was damaged; it is named.
+        """
+        blobs = {(blob.offset, blob.nbytes): blob for blob in self.index.blobs}
+        for _, blob in sorted(blobs.items(), key=lambda pair: pair[0]):
+            self.verify(blob)
+
     def verify_padding(self) -> None:
         """Checks that the bytes between blobs are zero: what remains when `verify` has held every blob.
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from sctconv.formats.dtypes import FLOATS
-from sctconv.formats.index import Blob, TensorEntry
+from sctconv.formats.index import TensorEntry
 from sctconv.formats.reader import SctFile
 
 from .skeleton import ModelError, build_skeleton, directory_of, factor_, load_config, load_tokenizer
@@ -50,9 +50,7 @@ def load(
     """
     with SctFile(path) as file:
         if verify:
-            blobs: list[Blob] = [*file.index.tensors.values(), *file.index.files.values()]
-            for blob in blobs:
-                file.verify(blob)
+            file.verify_blobs()
         files = {name: file.file(name) for name in file.index.files}
         config = load_config(files, str(path))
         model = build_skeleton(config, str(path))

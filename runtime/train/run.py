@@ -128,6 +128,7 @@ def _run(
 ) -> dict[str, Any]:
     began = time.perf_counter()
     with SctFile(files.model) as file:
+        file.verify_blobs()  # or what is damaged would be trained on and written with fresh checksums
         options = options.resolved(torch.device(device), scratch=is_fresh(file.index.metadata))
     data = _data(files.model, texts, options)
     taught_by = _teacher(teacher, data, options, on_asked)

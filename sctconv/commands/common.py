@@ -13,6 +13,10 @@ import click
 
 DTYPE = click.Choice(["bfloat16", "float16", "float32"])
 
+VERIFY = click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Hold a .sct file against its checksums first."
+)
+
 
 class Size(click.ParamType):
     """Bytes: `8GiB`, `500MB`, `1.5G` (G is GB), `4096`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import DTYPE, print_json, progress_bar
+from .common import DTYPE, VERIFY, print_json, progress_bar
 
 
 @click.command(short_help="Measure a model's perplexity on a text.")
@@ -14,9 +14,17 @@ from .common import DTYPE, print_json, progress_bar
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--dtype", type=DTYPE, help="Compute in this dtype.  [default: as stored]")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda.")
+@VERIFY
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(
-    model: str, text: str, context: int, max_tokens: int | None, dtype: str | None, device: str, as_json: bool
+    model: str,
+    text: str,
+    context: int,
+    max_tokens: int | None,
+    dtype: str | None,
+    device: str,
+    verify: bool,
+    as_json: bool,
 ) -> None:
     """Perplexity of MODEL (a .sct file, an exported or checkpoint directory, a GGUF file or a Hub id) on a text.
 
@@ -29,7 +37,7 @@ def evaluate(
     from sctconv.sources.model import load_any
 
     words = read_text(text)
-    loaded = load_any(model, dtype=dtype, device=device)
+    loaded = load_any(model, dtype=dtype, device=device, verify=verify)
     if loaded.tokenizer is None:
         raise EvaluationError(f"{model}: has no tokenizer")
     ids = loaded.tokenizer(words, verbose=False).input_ids[:max_tokens]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import DTYPE
+from .common import DTYPE, VERIFY
 
 if TYPE_CHECKING:
     from sctconv.runtime.generate import GenerateOptions
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
 @click.option("--dtype", type=DTYPE, help="Compute in this dtype.  [default: as stored]")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs, e.g. cuda.")
+@VERIFY
 def generate(
     model: str,
     prompt: str | None,
@@ -38,6 +39,7 @@ def generate(
     seed: int,
     dtype: str | None,
     device: str,
+    verify: bool,
 ) -> None:
     """Generate from MODEL (a .sct file, an exported or checkpoint directory, a GGUF file or a Hub id), printing the text as it comes."""
     from sctconv.errors import OptionError
@@ -50,7 +52,7 @@ def generate(
     converse = chat and prompt is None and sys.stdin.isatty()
     if prompt is None and not converse:
         prompt = sys.stdin.read()
-    loaded = load_any(model, dtype=dtype, device=device)
+    loaded = load_any(model, dtype=dtype, device=device, verify=verify)
     if loaded.tokenizer is None:
         raise GenerationError(f"{model}: has no tokenizer")
     messages = [{"role": "system", "content": system}] if system is not None else []

@@ -116,6 +116,7 @@ def _export(
     progress: Callable[[float, float, str], None] | None,
 ) -> ExportReport:
     with SctFile(model) as file:
+        file.verify_blobs()  # a graph has no checksums: what is damaged would never be found again
         files = {name: file.file(name) for name in file.index.files}
         config = load_config(files, str(model))
         is_decoder = build_skeleton(config, str(model)).can_generate()

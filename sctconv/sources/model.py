@@ -22,13 +22,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Names of `--dtype` -> torch dtypes."""
 
 
-def load_any(text: str, *, dtype: str | None = None, device: str = "cpu") -> Loaded:
+def load_any(text: str, *, dtype: str | None = None, device: str = "cpu", verify: bool = True) -> Loaded:
     """Loads a .sct file, an exported ONNX directory, a checkpoint directory, a GGUF file or a Hub id.
 
     Args:
         text: what the user named.
         dtype: a name in `DTYPES` to compute in; None for that of the file (float32 where a GGUF is quantised).
         device: where to put the model, as torch names it.
+        verify: hold a .sct file against its checksums first; reads all of it.
 
     Raises:
         OptionError: an unknown dtype, or a device that this machine does not have.
@@ -44,7 +45,7 @@ def load_any(text: str, *, dtype: str | None = None, device: str = "cpu") -> Loa
             )
         return load_onnx(Path(text))
     if Path(text).is_file() and is_sct(text):
-        return load(text, dtype=kind, device=place)
+        return load(text, dtype=kind, device=place, verify=verify)
     return load_dense(open_source(text), dtype=kind, device=place)
 
 
