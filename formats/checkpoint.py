@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
 
-from .errors import CorruptShardError, LFSPointerError, MissingFileError, TruncatedShardError
+from .errors import CorruptShardError, FormatError, LFSPointerError, MissingFileError, TruncatedShardError
+from .layout import MAX_BYTES, MAX_DIMENSIONS, check_name
 from .reader import describe_content
 
 CHUNK_BYTES: Final = 64 << 20
@@ -29,6 +31,23 @@ class TensorInfo:
     def size(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+
+def tensor_info(name: str, dtype: str, shape: Iterable[int], shard: Path) -> TensorInfo:
+    """What a shard says of a tensor, held against what a .sct file can keep of it.
+
+    Raises:
+        CorruptShardError: the name is empty, too long or holds a control character, there are too many dimensions, or their
+            product, each 0 in it taken as 1, is beyond any disk.
+    """
+    sizes = tuple(shape)
+    try:
+        check_name(name)
+    except FormatError as error:
+        raise CorruptShardError(f"{shard}: damaged ({error}); download it again") from None
+    if len(sizes) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in sizes) > MAX_BYTES:
+        raise CorruptShardError(f"{shard}: tensor {name} cannot have the shape {list(sizes)!s:.80}; download it again")
+    return TensorInfo(dtype, sizes, shard)
 
 
 class DenseTensors(Protocol):
@@ -57,6 +76,12 @@ def read_tensor(source: DenseTensors, name: str, dtype: np.dtype | type | None =
     return out.reshape(info.shape)
 
 
+def one_line(error: BaseException) -> str:
+    """The start of what a library says of a file, fit for a terminal whatever of the file it repeats."""
+    text = " ".join(str(error).split())[:120]
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
 def check_shard(path: Path, magic: bytes | None = None) -> int:
     """Returns a shard's size in bytes after looking at its first bytes.
 
@@ -65,11 +90,14 @@ def check_shard(path: Path, magic: bytes | None = None) -> int:
         magic: what it must begin with, if that is known.
 
     Raises:
-        MissingFileError: it is not there or cannot be read. LFSPointerError: it is a git-lfs pointer.
+        MissingFileError: it is not there, no regular file or cannot be read. LFSPointerError: it is a git-lfs pointer.
         TruncatedShardError: it is empty. CorruptShardError: it does not begin with `magic`.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe would wait, a device not end
+            raise MissingFileError(f"{path}: cannot be read (no regular file, but a pipe, a device or a socket)")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:

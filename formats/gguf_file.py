@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard
+from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard, one_line, tensor_info
 from .dtypes import numpy_dtype
-from .errors import CorruptShardError, TruncatedShardError, UnsupportedCheckpointError
+from .errors import CheckpointError, CorruptShardError, TruncatedShardError, UnsupportedCheckpointError
+from .gguf_head import check_head
 
 _PLAIN: Final = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8"})  # GGUF calls them as we do
 
@@ -34,15 +35,17 @@ class GgufTensors:
         size = check_shard(path, magic=b"GGUF")
         try:
             self._reader = _open(path)
+        except CheckpointError:
+            raise
         except EOFError as error:
-            raise TruncatedShardError(f"{path}: cut after {size} bytes ({error}); download it again") from None
+            raise TruncatedShardError(
+                f"{path}: cut after {size} bytes ({one_line(error)}); download it again"
+            ) from None
         except Exception as error:  # its parser raises whatever numpy or struct did; it has no error class of its own
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error)
             if "GGMLQuantizationType" in reason:
                 raise UnsupportedCheckpointError(f"{path}: a tensor of unknown type ({reason}); update gguf") from None
             raise CorruptShardError(f"{path}: damaged ({reason}); download it again") from None
-        if self._reader.byte_order != "I":
-            raise UnsupportedCheckpointError(f"{path}: of the other byte order; convert it with `gguf-convert-endian`")
         if self.field("split.count") not in (None, 0, 1):
             raise UnsupportedCheckpointError(
                 f"{path}: one part of a split GGUF; join them with `llama-gguf-split --merge`"
@@ -53,12 +56,21 @@ class GgufTensors:
     def _info(self, item: Any) -> TensorInfo:
         kind = item.tensor_type.name
         shape = tuple(int(size) for size in reversed(item.shape))
-        return TensorInfo(kind if kind in _PLAIN else "F32", shape, self.path)
+        return tensor_info(str(item.name), kind if kind in _PLAIN else "F32", shape, self.path)
 
     def field(self, key: str) -> Any:
-        """A metadata value, or None where the file does not have it."""
+        """A metadata value, or None where the file does not have it.
+
+        Raises:
+            CorruptShardError: it is no text where the file says that it is.
+        """
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except ValueError as error:
+            raise CorruptShardError(
+                f"{self.path}: damaged ({key} is no text: {one_line(error)}); download it again"
+            ) from None
 
     @cached_property
     def architecture(self) -> str:
@@ -102,16 +114,12 @@ class GgufTensors:
 
 
 def _open(path: Path) -> Any:
-    """A `GGUFReader` that does not read past the end.
-
-    The library's own gives an empty array there, and so walks an array of 2^60 entries until the memory is full.
-    """
+    """A `GGUFReader` of a file whose head has been checked."""
     from gguf import GGUFReader
 
-    class Reader(GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
-            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise EOFError(f"{int(count)} values at {offset} lie past its end")
-            return super()._get(offset, dtype, count, *more, **named)
-
-    return Reader(path)
+    with path.open("rb") as file:
+        version = file.read(8)[4:]
+    if version[:2] == bytes(2) != version[2:]:
+        raise UnsupportedCheckpointError(f"{path}: of the other byte order; convert it with `gguf-convert-endian`")
+    check_head(path)
+    return GGUFReader(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ from typing import Any, Final
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard
+from .checkpoint import CHUNK_BYTES, TensorInfo, check_shard, one_line, tensor_info
 from .dtypes import DTYPES, numpy_dtype
 from .errors import CorruptShardError, MissingFileError, TruncatedShardError, UnsupportedCheckpointError
 from .reader import describe_content
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """safetensors' own limit."""
+
+
+_SHARD: Final = re.compile(r"[^/\\\0]{1,255}")  # a name, and never a path, on any system
 
 
 class SafetensorsTensors:
@@ -44,7 +48,9 @@ class SafetensorsTensors:
                 self._places[name] = place
         for name, file in (weight_map or {}).items():
             if name not in self._places or self._places[name].info.shard.name != file:
-                raise CorruptShardError(f"{file}: lacks the tensor {name} that the index puts there; download it again")
+                raise CorruptShardError(
+                    f"{shards[0].parent / str(file)}: lacks the tensor {name!r:.80} that the index puts there; download it again"
+                )
         self.tensors: Final = {name: place.info for name, place in self._places.items()}
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
@@ -93,17 +99,24 @@ def _read_header(shard: Path) -> dict[str, _Place]:
     try:
         with safe_open(shard, framework="numpy"):
             pass
-        items = json.loads(header)
+        items = json.loads(header, object_pairs_hook=_unique)
     except (SafetensorError, ValueError) as error:
         raise _diagnose(shard, size, length, header, error) from None
     items.pop("__metadata__", None)
     places = {}
     for name, item in sorted(items.items(), key=lambda pair: pair[1]["data_offsets"]):
-        if item["dtype"] not in DTYPES:
-            raise UnsupportedCheckpointError(f"{shard}: tensor {name} is {item['dtype']}, which is not supported")
-        info = TensorInfo(item["dtype"], tuple(item["shape"]), shard)
+        info = tensor_info(name, item["dtype"], item["shape"], shard)
+        if info.dtype not in DTYPES:
+            raise UnsupportedCheckpointError(f"{shard}: tensor {name} is {info.dtype}, which is not supported")
         places[name] = _Place(info, 8 + length + item["data_offsets"][0])
     return places
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    item = dict(pairs)
+    if len(item) != len(pairs):  # safetensors takes the last one
+        raise ValueError(f"one name twice among {len(pairs)}")
+    return item
 
 
 def _diagnose(shard: Path, size: int, length: int, header: bytes, error: Exception) -> Exception:
@@ -112,10 +125,10 @@ def _diagnose(shard: Path, size: int, length: int, header: bytes, error: Excepti
         items = json.loads(header)
         expected = 8 + length + max(item["data_offsets"][1] for name, item in items.items() if name != "__metadata__")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return CorruptShardError(f"{shard}: not a safetensors file ({str(error)[:120]}); download it again")
+        return CorruptShardError(f"{shard}: not a safetensors file ({one_line(error)}); download it again")
     if expected > size:
         return TruncatedShardError(f"{shard}: cut, {size} of {expected} bytes are there; download it again")
-    return CorruptShardError(f"{shard}: damaged ({str(error)[:120]}); download it again")
+    return CorruptShardError(f"{shard}: damaged ({one_line(error)}); download it again")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -125,17 +138,21 @@ def read_weight_map(index: Path) -> dict[str, str]:
         CorruptShardError: it is not such an index, or a file name leaves the directory.
         MissingFileError: the index or a shard that it names is not there.
     """
-    check_shard(index)
+    if (size := check_shard(index)) > MAX_HEADER_BYTES:
+        raise CorruptShardError(f"{index}: {size} bytes; more than a checkpoint index may have")
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptShardError(f"{index}: not a checkpoint index ({type(error).__name__}: {error})") from None
+        raise CorruptShardError(
+            f"{index}: not a checkpoint index ({type(error).__name__}: {one_line(error)})"
+        ) from None
     for file in files:
-        if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
-            raise CorruptShardError(f"{index}: names the shard {file!r}, which is not a file beside it")
-    if missing := [file for file in files if not (index.parent / file).exists()]:
+        if not isinstance(file, str) or not _SHARD.fullmatch(file) or file in (".", ".."):
+            raise CorruptShardError(f"{index}: names the shard {file!r:.80}, which is not a file beside it")
+    there = {path.name for path in index.parent.iterdir()}
+    if missing := [file for file in files if file not in there]:
         raise MissingFileError(
-            f"{index.parent}: {len(missing)} of {len(files)} shards are missing, first {missing[0]!r}; download them"
+            f"{index.parent}: {len(missing)} of {len(files)} shards are missing, first {missing[0]!r:.80}; download them"
         )
     return dict(weight_map)

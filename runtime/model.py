@@ -52,7 +52,7 @@ def load(
         if verify:
             file.verify_blobs()
         files = {name: file.file(name) for name in file.index.files}
-        config = load_config(files, str(path))
+        config = load_config(files, str(path), [entry.shape for entry in file.index.tensors.values()])
         model = build_skeleton(config, str(path))
         factor_(model, {name: record.rank for name, record in file.index.layers.items()})
         tensors = ((name, _tensor(file, entry, dtype)) for name, entry in file.index.tensors.items())

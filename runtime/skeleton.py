@@ -20,8 +20,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sctconv.formats.errors import SctError
-
+from .config import ModelError as ModelError
+from .config import Shapes, named_code, read_config
 from .spectral import SpectralEmbedding, SpectralLinear
 
 TOKENIZER_FILES: Final = (
@@ -45,10 +45,6 @@ GENERIC_TOKENIZER: Final = "TokenizersBackend"
 """The `tokenizer_class` of a tokenizer that is what its tokenizer.json says and nothing else."""
 
 
-class ModelError(SctError):
-    """transformers cannot build the model that the configuration describes."""
-
-
 @dataclass(frozen=True)
 class LinearShape:
     """A linear layer of a model: y = x W^T + b with W (out, in). `transposed`: stored as W^T, GPT-2's Conv1D."""
@@ -68,19 +64,27 @@ def directory_of(files: Mapping[str, bytes]) -> Iterator[Path]:
         yield Path(directory)
 
 
-def load_config(files: Mapping[str, bytes], source: str) -> Any:
+def load_config(files: Mapping[str, bytes], source: str, shapes: Shapes | None = None) -> Any:
     """The transformers configuration in `config.json`.
 
     Args:
         files: a model's small files; `config.json` must be among them.
         source: what to call the model in an error.
+        shapes: those of the model's tensors, where they are known; see `read_config`.
 
     Raises:
-        ModelError: the file is missing or not JSON, or transformers does not know the architecture.
+        ModelError: the file is missing or not JSON, its sizes cannot be those of the model, or transformers does not know
+            the architecture.
     """
     if "config.json" not in files:
         raise ModelError(f"{source}: has no config.json")
-    with directory_of({"config.json": files["config.json"]}) as directory:
+    item = read_config(files["config.json"], source, shapes)
+    if item.get("model_type") not in transformers.CONFIG_MAPPING and (code := named_code(files["config.json"])):
+        raise ModelError(
+            f"{source}: a {item.get('model_type')!r:.80} needs code of its own ({code!r:.80}), which is never run; only models "
+            f"that transformers {transformers.__version__} knows itself are converted and run"
+        )
+    with directory_of({"config.json": json.dumps(item).encode()}) as directory:
         try:
             return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers raises what it likes here; its first line says the most
@@ -97,12 +101,15 @@ def build_skeleton(config: Any, source: str) -> Any:
     Raises:
         ModelError: transformers has no such model or cannot build it.
     """
-    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    names = config.architectures if isinstance(config.architectures, list) else []
+    named: Any = getattr(transformers, str(names[0]), None) if names else None
     is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     try:
         with _parameters_on_meta():
-            build = named._from_config if is_model else transformers.AutoModelForCausalLM.from_config
-            model = build(config)
+            if is_model:
+                model = named._from_config(config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"{source}: transformers cannot build a {config.model_type} of this config: {_line(error)}"
@@ -116,22 +123,30 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Any | None:
     Raises:
         ModelError: they do not make one.
     """
-    names = [name for name in (*TOKENIZER_FILES, "config.json") if name in files]
-    if not set(names) - {"config.json", "chat_template.jinja", "chat_template.json"}:
+    used = {name: files[name] for name in TOKENIZER_FILES if name in files}
+    if not set(used) - {"chat_template.jinja", "chat_template.json"}:
         return None
-    with directory_of({name: files[name] for name in names}) as directory:
+    if "config.json" in files:  # which AutoTokenizer looks into
+        used["config.json"] = json.dumps(read_config(files["config.json"], "the tokenizer")).encode()
+    with directory_of(used) as directory:
         try:
             # AutoTokenizer overrules the class that the files name for some kinds of model
-            if _tokenizer_class(files) == GENERIC_TOKENIZER:
+            if _tokenizer_setting(files, "tokenizer_class") == GENERIC_TOKENIZER:
                 return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
             return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+                raise
+            if "trust_remote_code" in str(error):
+                raise ModelError(
+                    f"the tokenizer needs code of its own ({_tokenizer_setting(files, 'auto_map')!r:.120}), which is never run"
+                ) from None
             raise ModelError(f"the tokenizer cannot be loaded: {_line(error)}") from None
 
 
-def _tokenizer_class(files: Mapping[str, bytes]) -> str | None:
+def _tokenizer_setting(files: Mapping[str, bytes], name: str) -> Any:
     settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    return settings.get("tokenizer_class") if isinstance(settings, dict) else None
+    return settings.get(name) if isinstance(settings, dict) else None
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearShape]:

@@ -50,7 +50,9 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
     with SctFile(path) as file:
         options = options.resolved(torch.device(device), scratch=is_fresh(file.index.metadata))
         files = {name: file.file(name) for name in ("config.json",)}
-        model = build_skeleton(load_config(files, str(path)), str(path))
+        model = build_skeleton(
+            load_config(files, str(path), [entry.shape for entry in file.index.tensors.values()]), str(path)
+        )
         factor_(model, {name: record.rank for name, record in file.index.layers.items()})
     with FakeTensorMode(allow_non_fake_inputs=True):
         _imagine_(model, getattr(torch, options.weights))

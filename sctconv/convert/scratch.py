@@ -27,7 +27,7 @@ from sctconv.runtime.retraction import householder_qr
 from sctconv.runtime.skeleton import build_skeleton, embedding_shape, linear_layers, load_config
 from sctconv.runtime.tensors import TORCH_DTYPES, to_numpy
 from sctconv.sources import open_source
-from sctconv.sources.base import read_small_files
+from sctconv.sources.base import check_small, read_small_files
 
 from .options import STORAGE_DTYPES
 from .plan import LayerPlan, select_layers
@@ -45,7 +45,7 @@ def initial_files(text: str, tokenizer: str | None = None) -> dict[str, bytes]:
     """
     path = Path(text).expanduser()
     if path.is_file() and path.suffix == ".json":
-        files = {"config.json": path.read_bytes()}
+        files = {"config.json": path.read_bytes()} if check_small(path) else {"config.json": b""}
     elif path.is_dir() and (path / "config.json").exists():
         files = read_small_files(path)
     else:

@@ -118,7 +118,7 @@ def _export(
     with SctFile(model) as file:
         file.verify_blobs()  # a graph has no checksums: what is damaged would never be found again
         files = {name: file.file(name) for name in file.index.files}
-        config = load_config(files, str(model))
+        config = load_config(files, str(model), [entry.shape for entry in file.index.tensors.values()])
         is_decoder = build_skeleton(config, str(model)).can_generate()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as temporary:
             made = Path(temporary) / target.name

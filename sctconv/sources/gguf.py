@@ -21,10 +21,11 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from sctconv.formats.checkpoint import TensorInfo, read_tensor
+from sctconv.formats.checkpoint import TensorInfo, one_line, read_tensor
 from sctconv.formats.dtypes import FLOATS, numpy_dtype
-from sctconv.formats.errors import CorruptShardError, UnsupportedCheckpointError
+from sctconv.formats.errors import CheckpointError, CorruptShardError, UnsupportedCheckpointError
 from sctconv.formats.gguf_file import GgufTensors
+from sctconv.runtime.config import check_sizes
 from sctconv.runtime.skeleton import GENERIC_TOKENIZER, build_skeleton, load_config
 
 from .base import Source
@@ -34,6 +35,19 @@ ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "
 
 _STREAMED: Final = ("token_embd.weight", "output.weight")
 """Large tensors that no architecture changes: passed on piece by piece. The others are held whole."""
+
+_SIZES: Final = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+}
+"""Metadata of which transformers makes a configuration, as far as something is built by them."""
 
 _EOS_KEYS: Final = ("eos", "eot", "eom")
 
@@ -50,9 +64,13 @@ def open_gguf(path: Path, label: str) -> Source:
             f"{path}: GGUF architecture {tensors.architecture!r} is not read (only {', '.join(ARCHITECTURES)}); "
             "convert from the model's safetensors"
         )
+    shapes = [info.shape for info in tensors.tensors.values()]
+    sizes = {name: tensors.field(f"{tensors.architecture}.{key}") for key, name in _SIZES.items()}
+    check_sizes(sizes, f"{path}: the metadata", shapes)
     files = _small_files(path, tensors)
-    config = load_config(files, label)
-    if (experts := tensors.field(f"{tensors.architecture}.expert_count")) and experts > 1:
+    config = load_config(files, label, shapes)
+    experts = tensors.field(f"{tensors.architecture}.expert_count")
+    if isinstance(experts, int) and experts > 1:
         raise UnsupportedCheckpointError(
             f"{path}: a mixture of {experts} experts; convert from the model's safetensors"
         )
@@ -104,14 +122,22 @@ class _NamedGguf:
 def _small_files(path: Path, tensors: GgufTensors) -> dict[str, bytes]:
     """config.json, generation_config.json and the tokenizer, as transformers recovers them from the metadata."""
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        # with trust_remote_code left open, files beside the GGUF could make it ask a question
+        named: Any = {"gguf_file": path.name, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(path.parent, **named)
         if not config.architectures:
             config.architectures = [_causal_class(config)]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **named)
+        return _saved(config, tokenizer, tensors)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises what it likes here
         raise UnsupportedCheckpointError(
-            f"{path}: transformers cannot recover the model from its metadata ({str(error)[:200]})"
+            f"{path}: transformers cannot recover the model from its metadata ({one_line(error)})"
         ) from None
+
+
+def _saved(config: Any, tokenizer: Any, tensors: GgufTensors) -> dict[str, bytes]:
     # every id that ends a turn, or generation would run on past the first kind that the model happens to use
     ids = [tensors.field(f"tokenizer.ggml.{key}_token_id") for key in _EOS_KEYS]
     eos = list(dict.fromkeys(value for value in ids if value is not None))

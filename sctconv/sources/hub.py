@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 from huggingface_hub.hf_api import RepoSibling
 
-from sctconv.formats.checkpoint import TensorInfo
+from sctconv.formats.checkpoint import TensorInfo, tensor_info
 from sctconv.formats.dtypes import DTYPES
 from sctconv.formats.errors import CorruptShardError, MissingFileError, UnsupportedCheckpointError
 from sctconv.formats.safetensors_dir import SafetensorsTensors
@@ -272,9 +272,9 @@ def _read_header(commit: _Commit, file: str) -> dict[str, TensorInfo]:
     shard = Path(commit.repo) / file
     for name, item in header.items():
         if item.dtype not in DTYPES:
-            raise UnsupportedCheckpointError(f"{shard}: tensor {name} is {item.dtype}, which is not supported")
+            raise UnsupportedCheckpointError(f"{shard}: tensor {name!r:.80} is {item.dtype}, which is not supported")
     in_order = sorted(header.items(), key=lambda pair: pair[1].data_offsets)
-    return {name: TensorInfo(item.dtype, tuple(item.shape), shard) for name, item in in_order}
+    return {name: tensor_info(name, item.dtype, item.shape, shard) for name, item in in_order}
 
 
 def _open_whole(commit: _Commit, start: str, label: str, low_disk: bool) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sctconv.formats.checkpoint import DenseTensors
+from sctconv.formats.checkpoint import DenseTensors, check_shard, one_line
 from sctconv.formats.errors import CorruptShardError, MissingFileError, UnsupportedCheckpointError
 from sctconv.formats.reader import is_sct
 from sctconv.formats.safetensors_dir import SafetensorsTensors, read_weight_map
@@ -26,6 +26,7 @@ def open_local(path: Path, label: str) -> Source:
         return _open_directory(path, label)
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or directory")
+    check_shard(path)
     if is_sct(path):
         raise UnsupportedCheckpointError(f"{path}: a .sct file; its layers are factored already")
     if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
@@ -86,7 +87,7 @@ def refuse_quantised(config: bytes, label: str) -> None:
     try:
         item = json.loads(config)
     except (ValueError, RecursionError) as error:
-        raise CorruptShardError(f"{label}: config.json is not JSON ({error})") from None
+        raise CorruptShardError(f"{label}: config.json is not JSON ({one_line(error)})") from None
     quantisation = item.get("quantization_config") if isinstance(item, dict) else None
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"

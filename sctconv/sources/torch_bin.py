@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from sctconv.formats.checkpoint import CHUNK_BYTES, TensorInfo, check_shard
+from sctconv.formats.checkpoint import CHUNK_BYTES, TensorInfo, check_shard, one_line, tensor_info
 from sctconv.formats.errors import CorruptShardError, UnsupportedCheckpointError
 from sctconv.runtime.tensors import TORCH_DTYPES, to_numpy
 
@@ -37,11 +37,12 @@ class TorchBinTensors:
             for name, tensor in _load(shard).items():
                 if name in self.tensors:
                     raise CorruptShardError(f"{shard}: tensor {name} is also in {self.tensors[name].shard.name}")
-                if tensor.dtype not in _NAMES:
+                info = tensor_info(name, _NAMES.get(tensor.dtype, ""), tensor.shape, shard)
+                if not info.dtype:
                     raise UnsupportedCheckpointError(
                         f"{shard}: tensor {name} is {tensor.dtype}, which is not supported"
                     )
-                self.tensors[name] = TensorInfo(_NAMES[tensor.dtype], tuple(tensor.shape), shard)
+                self.tensors[name] = info
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Consecutive flat pieces of a tensor in row-major order."""
@@ -51,7 +52,7 @@ class TorchBinTensors:
 
 
 def _load(shard: Path) -> dict[str, torch.Tensor]:
-    check_shard(shard)
+    size = check_shard(shard)
     try:
         state = _unpickle(shard)
     except pickle.UnpicklingError as error:
@@ -59,11 +60,18 @@ def _load(shard: Path) -> dict[str, torch.Tensor]:
             raise UnsupportedCheckpointError(
                 f"{shard}: holds more than tensors (pickled code, perhaps), which is not run; save it as safetensors"
             ) from None
-        raise CorruptShardError(f"{shard}: not a torch checkpoint ({str(error)[:120]}); download it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:120]
-        raise CorruptShardError(f"{shard}: cut or damaged ({text}); download it again") from None
-    return _flat_tensors(state, shard)
+        raise CorruptShardError(f"{shard}: not a torch checkpoint ({one_line(error)}); download it again") from None
+    except Exception as error:  # torch lets out whatever its unpickling of nonsense met
+        raise CorruptShardError(f"{shard}: cut or damaged ({one_line(error)}); download it again") from None
+    tensors = _flat_tensors(state, shard)
+    for name, tensor in tensors.items():
+        if (
+            tensor.layout != torch.strided or tensor.is_meta or tensor.numel() * tensor.itemsize > size
+        ):  # strides of 0 make much of little
+            raise CorruptShardError(
+                f"{shard}: tensor {name!r:.80} is {list(tensor.shape)!s:.80}, more than the {size} bytes of the file"
+            )
+    return tensors
 
 
 def _unpickle(shard: Path) -> Any:

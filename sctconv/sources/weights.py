@@ -50,7 +50,7 @@ class DenseModel:
 
     def __init__(self, source: Source) -> None:
         self.source: Final = source
-        self.config: Final = load_config(source.files, source.label)
+        self.config: Final = load_config(source.files, source.label, [info.shape for info in source.tensors.values()])
         self.skeleton: Final = build_skeleton(self.config, source.label)
         self._origin: dict[str, str] = {}
         self._merges: dict[str, _Merge] = {}

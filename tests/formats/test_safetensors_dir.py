@@ -195,7 +195,7 @@ def test_an_index_that_is_an_lfs_pointer_is_refused(sharded):
 )
 def test_an_index_that_contradicts_its_shards_is_refused(sharded, weight_map):
     index(sharded.parent, weight_map)
-    with pytest.raises(CorruptShardError, match=r"lacks the tensor [ad] that the index puts there"):
+    with pytest.raises(CorruptShardError, match=r"lacks the tensor .[ad]. that the index puts there"):
         open_sharded(sharded)
 
 

@@ -103,9 +103,9 @@ def test_verify_on_load_finds_a_flipped_bit(converted: Path) -> None:
     ("config", "message"),
     [
         (b"{}", "refuses its config.json"),
-        (b"not json", "refuses its config.json"),
+        (b"not json", "config.json cannot be read"),
         (b'{"model_type": "no_such_model"}', "no_such_model"),
-        (b'{"model_type": "llama", "num_attention_heads": 0}', "transformers"),
+        (b'{"model_type": "llama", "num_attention_heads": 0}', "num_attention_heads 0, which no model has"),
     ],
 )
 def test_a_config_that_makes_no_model_is_one_line(converted: Path, config: bytes, message: str) -> None:
