@@ -6,6 +6,7 @@ result is what `from_pretrained(gguf_file=...)` gives. What is ours is that it g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -122,19 +123,31 @@ class _NamedGguf:
 def _small_files(path: Path, tensors: GgufTensors) -> dict[str, bytes]:
     """config.json, generation_config.json and the tokenizer, as transformers recovers them from the metadata."""
     try:
-        # with trust_remote_code left open, files beside the GGUF could make it ask a question
-        named: Any = {"gguf_file": path.name, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(path.parent, **named)
-        if not config.architectures:
-            config.architectures = [_causal_class(config)]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **named)
-        return _saved(config, tokenizer, tensors)
+        with _alone(path) as directory:
+            named: Any = {"gguf_file": path.name, "trust_remote_code": False}
+            config = transformers.AutoConfig.from_pretrained(directory, **named)
+            if not config.architectures:
+                config.architectures = [_causal_class(config)]
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **named)
+            return _saved(config, tokenizer, tensors)
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises what it likes here
         raise UnsupportedCheckpointError(
             f"{path}: transformers cannot recover the model from its metadata ({one_line(error)})"
         ) from None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A directory in which a file is the only one: transformers would take settings and names of code from those beside it."""
+    with tempfile.TemporaryDirectory(prefix="sctconv-") as directory:
+        try:
+            (Path(directory) / path.name).symlink_to(path.resolve())
+        except OSError:  # Windows lets few make links
+            yield path.parent
+            return
+        yield Path(directory)
 
 
 def _saved(config: Any, tokenizer: Any, tensors: GgufTensors) -> dict[str, bytes]:
