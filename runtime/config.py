@@ -68,6 +68,8 @@ def read_config(data: bytes, source: str, shapes: Shapes | None = None) -> dict[
         parts = list(_parts(item))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{source}: config.json cannot be read ({str(error)[:120]})") from None
+    if not isinstance(item.get("model_type", ""), str):
+        raise ModelError(f"{source}: config.json says model_type {item['model_type']!r:.80}, which is no name")
     for path, part in parts:
         check_sizes(part, f"{source}: config.json", shapes if path in _SAME_MODEL else None)
     return without_code(item)

@@ -107,8 +107,17 @@ class _NamedGguf:
         if gguf_name in _STREAMED:
             return info
         empty = np.broadcast_to(np.zeros((), np.float32), info.shape)
-        shape = np.shape(self._processor.process(empty, gguf_name).weights) if len(info.shape) > 1 else info.shape
+        shape = np.shape(self._process(empty, gguf_name)) if len(info.shape) > 1 else info.shape
         return TensorInfo(info.dtype, tuple(shape), info.shard)
+
+    def _process(self, values: np.ndarray, gguf_name: str) -> np.ndarray:
+        try:
+            weights: np.ndarray = self._processor.process(values, gguf_name).weights
+        except (ValueError, ZeroDivisionError):  # of a reshape by numbers of heads
+            raise UnsupportedCheckpointError(
+                f"{self._gguf.path}: tensor {gguf_name} of shape {list(values.shape)} cannot have as many heads as the metadata says"
+            ) from None
+        return weights
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         gguf_name, dtype = self._gguf_names[name], numpy_dtype(self.tensors[name].dtype)
@@ -116,7 +125,7 @@ class _NamedGguf:
             for piece in self._gguf.chunks(gguf_name):
                 yield piece.astype(dtype, copy=False)
             return
-        values = self._processor.process(read_tensor(self._gguf, gguf_name), gguf_name).weights
+        values = self._process(read_tensor(self._gguf, gguf_name), gguf_name)
         yield np.ascontiguousarray(values, dtype).reshape(-1)
 
 

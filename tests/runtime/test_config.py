@@ -79,7 +79,8 @@ def test_every_family_is_taken_as_it_is(family: str) -> None:
         ({"x": [[float("nan")]]}, "NaN is no number"),
         ({"hidden_act": "evil"}, "evil"),
         ({"model_type": "frobnicator"}, "frobnicator"),
-        ({"model_type": 5}, "tiny: "),
+        ({"model_type": 5}, "says model_type 5, which is no name"),
+        ({"model_type": []}, "says model_type .., which is no name"),
         ({"architectures": ["BertModel"]}, "cannot build a llama"),
     ],
 )

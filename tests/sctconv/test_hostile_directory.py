@@ -134,6 +134,7 @@ def test_sizes_are_named_with_the_checkpoints(changes: dict[str, Any], words: li
         ("llama.embedding_length", 1 << 31, ["hidden_size 2147483648", "wider than 96"]),
         ("llama.attention.head_count_kv", 3, ["num_key_value_heads 3"]),
         ("llama.attention.head_count", 0, ["num_attention_heads 0"]),
+        ("llama.attention.head_count", 32, ["attn_q.weight of shape [32, 32]", "as many heads"]),
     ],
 )
 def test_sizes_in_the_metadata_of_a_gguf_file(key: str, value: int, words: list[str], room: Path) -> None:
