@@ -76,9 +76,9 @@ def read_tensor(source: DenseTensors, name: str, dtype: np.dtype | type | None =
     return out.reshape(info.shape)
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, length: int = 120) -> str:
     """The start of what a library says of a file, fit for a terminal whatever of the file it repeats."""
-    text = " ".join(str(error).split())[:120]
+    text = " ".join(str(error).split())[:length]
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
+from sctconv.formats.checkpoint import one_line
 from sctconv.formats.errors import SctError
 from sctconv.formats.layout import MAX_NESTING
 
@@ -67,7 +68,7 @@ def read_config(data: bytes, source: str, shapes: Shapes | None = None) -> dict[
         item = json.loads(data, parse_constant=_constant)
         parts = list(_parts(item))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{source}: config.json cannot be read ({str(error)[:120]})") from None
+        raise ModelError(f"{source}: config.json cannot be read ({one_line(error)})") from None
     if not isinstance(item.get("model_type", ""), str):
         raise ModelError(f"{source}: config.json says model_type {item['model_type']!r:.80}, which is no name")
     for path, part in parts:

@@ -20,6 +20,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sctconv.formats.checkpoint import one_line
+
 from .config import ModelError as ModelError
 from .config import Shapes, named_code, read_config
 from .spectral import SpectralEmbedding, SpectralLinear
@@ -233,5 +235,4 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {one_line(error, 300)}"

@@ -78,6 +78,7 @@ def test_every_family_is_taken_as_it_is(family: str) -> None:
         ({"rms_norm_eps": float("nan")}, "NaN is no number"),
         ({"x": [[float("nan")]]}, "NaN is no number"),
         ({"hidden_act": "evil"}, "evil"),
+        ({"dtype": "\x1b[2J"}, "has no attribute"),
         ({"model_type": "frobnicator"}, "frobnicator"),
         ({"model_type": 5}, "says model_type 5, which is no name"),
         ({"model_type": []}, "says model_type .., which is no name"),
