@@ -38,14 +38,14 @@ def tensor_info(name: str, dtype: str, shape: Iterable[int], shard: Path) -> Ten
 
     Raises:
         CorruptShardError: the name is empty, too long or holds a control character, there are too many dimensions, or their
-            product, each 0 in it taken as 1, is beyond any disk.
+            product, each 0 in it taken as 1 and in the widest dtype, is beyond any disk.
     """
     sizes = tuple(shape)
     try:
         check_name(name)
     except FormatError as error:
         raise CorruptShardError(f"{shard}: damaged ({error}); download it again") from None
-    if len(sizes) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in sizes) > MAX_BYTES:
+    if len(sizes) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in sizes) > MAX_BYTES // 8:
         raise CorruptShardError(f"{shard}: tensor {name} cannot have the shape {list(sizes)!s:.80}; download it again")
     return TensorInfo(dtype, sizes, shard)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ import pytest
 
 from sctconv.formats import gguf_head
 from sctconv.formats.checkpoint import read_tensor
+from sctconv.formats.dtypes import DTYPES
 from sctconv.formats.errors import CheckpointError, CorruptShardError, MissingFileError, TruncatedShardError
 from sctconv.formats.gguf_file import GgufTensors
 from sctconv.formats.safetensors_dir import SafetensorsTensors, read_weight_map
@@ -64,6 +66,8 @@ def test_a_cut_safetensors_file_is_refused_at_any_length(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"shape": [0, 1 << 62], "data_offsets": [0, 0]}, "cannot have the shape"),
+        ({"shape": [0, 1 << 60], "data_offsets": [0, 0]}, "cannot have the shape"),
+        ({"shape": [0, (1 << 57) + 1], "data_offsets": [0, 0]}, "cannot have the shape"),
         ({"shape": [0, 1 << 40, 1 << 40], "data_offsets": [0, 0]}, "cannot have the shape"),
         ({"shape": [1] * 8 + [2]}, "cannot have the shape"),
         ({"shape": [1] * 5000 + [2]}, "cannot have the shape"),
@@ -84,9 +88,12 @@ def test_an_impossible_safetensors_entry_is_refused(changes: dict[str, Any], mes
     refused("safetensors", shard(tmp_path, {"a": {**PLAIN, **changes}}, data), error, message)
 
 
-@pytest.mark.parametrize("shape", [[2], [1, 2], [1] * 7 + [2]])
-def test_a_possible_one_is_not(shape: list[int], tmp_path: Path) -> None:
-    source = SafetensorsTensors([shard(tmp_path, {"a": {**PLAIN, "shape": shape}}, bytes(8))])
+@pytest.mark.parametrize("shape", [[2], [1, 2], [1] * 7 + [2], [0], [0, 1 << 57]])
+@pytest.mark.parametrize("dtype", ["F32", "I64", "F64", "U8"])
+def test_a_possible_one_is_not(dtype: str, shape: list[int], tmp_path: Path) -> None:
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    source = SafetensorsTensors([shard(tmp_path, {"a": entry}, bytes(size))])
     assert read_tensor(source, "a").shape == tuple(shape)
 
 
