@@ -40,7 +40,7 @@ from .common import DTYPE, Size, print_json, progress_bar, size
     "--rate", type=float, help="Of dense matrices; with adamw of everything.  [default: 1e-4; 1e-3 after init]"
 )
 @click.option(
-    "--angle", type=float, help="Radians that a column of U or V turns in a step.  [default: 0.003; 0.03 after init]"
+    "--angle", type=float, help="Radians that a column of U or V turns in a step.  [default: 0.003; 0.05 after init]"
 )
 @click.option("--singular-rate", type=float, help="Relative change of s in a step.  [default: 0.001; 0.01 after init]")
 @click.option("--norm-rate", type=float, help="Of norms and biases.  [default: as --rate]")
