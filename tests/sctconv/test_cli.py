@@ -318,7 +318,7 @@ def _listen_to_interrupts() -> None:
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_interrupting_a_conversion_leaves_nothing_and_says_130(calibrated: bool, tmp_path: Path) -> None:
+def test_interrupting_a_conversion_leaves_what_it_says_it_leaves(calibrated: bool, tmp_path: Path) -> None:
     """A model large enough to be caught in the middle; the signal is sent when the temporary file has appeared.
 
     With calibration that is in the middle of the sweep.
@@ -343,8 +343,11 @@ def test_interrupting_a_conversion_leaves_nothing_and_says_130(calibrated: bool,
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
-    assert stderr.strip().splitlines()[-1] == "sctconv: interrupted; nothing half-written was left"
-    assert list(out.iterdir()) == []
+    left = {path.name for path in out.iterdir()}
+    kept = f"what is done is kept beside {out / 'o.sct'}; go on with --resume"  # on a slow machine, after a while
+    what = kept if left else "nothing half-written was left"
+    assert stderr.strip().splitlines()[-1] == f"sctconv: interrupted; {what}"
+    assert left <= {"o.sct.part", "o.sct.fits.part"}
 
 
 def test_help_is_light() -> None:
