@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import torch
 
-from sctconv.formats.atomic import atomic_file, check_target
+from sctconv.formats.atomic import atomic_file, check_target, output_error
 from sctconv.formats.reader import SctFile
+from sctconv.formats.unfinished import last_work, noted
 
 from ..memory import peak_rss_bytes
 from ..model import load
@@ -127,12 +128,13 @@ def run(
         "texts": [{"source": name, "tokens": tokens} for name, tokens in data.sources],
         "teacher": identity["teacher"],
     }
-    first = state.best
+    first, kept = state.best, files.resume
     with SctFile(files.model) as source, _Log(files, state.step) as log:
 
         def checkpoint() -> None:
-            if files.save_every:
-                save_checkpoint(model, source, state, options, identity, files.checkpoint)
+            nonlocal kept
+            save_checkpoint(model, source, state, options, identity, files.checkpoint)
+            kept = files.checkpoint
 
         def step(done: Progress) -> None:
             log.add(done)
@@ -147,11 +149,14 @@ def run(
             training = {**facts, "step": reached.step, "held_out_loss": reached.best}
             save_model(model, source, files.output, training=training, overwrite=True)
 
-        try:
-            train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
-        except KeyboardInterrupt:
-            checkpoint()
-            raise
+        with noted(lambda: f"a checkpoint is kept; go on with --resume {kept}" if kept else None):
+            try:
+                train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
+            except KeyboardInterrupt:
+                if files.save_every and state.is_whole and state.step:  # in the middle of a step, what was kept before has to do
+                    with last_work():
+                        checkpoint()
+                raise
         if state.step != state.best_step:
             save_model(model, source, files.last, training={**facts, "step": state.step}, overwrite=True)
     return {
@@ -238,7 +243,8 @@ class _Log:
         if done and files.metrics.exists():
             lines = files.metrics.read_text(encoding="utf-8").splitlines()
             with atomic_file(files.metrics, overwrite=True) as out:
-                out.writelines(f"{line}\n".encode() for line in lines if json.loads(line)["step"] <= done)
+                out.writelines(f"{line}\n".encode() for line in lines if _step(line) <= done)
+        self._path = files.metrics
         self._file = files.metrics.open("a" if done else "w", encoding="utf-8")
         self._board: Any = None
         with contextlib.suppress(ImportError):  # TensorBoard is not installed
@@ -246,8 +252,11 @@ class _Log:
 
     def add(self, done: Progress) -> None:
         values = asdict(done)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise output_error(self._path, error, is_kept=True) from error
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and value is not None:
@@ -257,6 +266,15 @@ class _Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the rest of a line that found no room, which was told
+            self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _step(line: str) -> float:
+    """The step that a line of `metrics.jsonl` is of; infinite of one that was cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Final
 import torch
 
 from sctconv.errors import OptionError
+from sctconv.formats.atomic import check_parent
+from sctconv.formats.atomic_dir import atomic_directory
 from sctconv.formats.errors import OutputError
 from sctconv.formats.reader import SctFile
 from sctconv.runtime.model import load
@@ -98,19 +99,12 @@ def export_onnx(
             cannot be written. OnnxError: the graph does not compute what the model does.
     """
     target = Path(directory)
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
-    if target.exists() and not (target / GRAPH).is_file():
-        raise OutputError(f"{target}: is there and no exported model; --overwrite would remove it, choose another name")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
+    _check_old(target, overwrite=overwrite)
     with SctFile(model) as file:
         files = {name: file.file(name) for name in file.index.files}
         config = load_config(files, str(model))
         is_decoder = build_skeleton(config, str(model)).can_generate()
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as temporary:
-            made = Path(temporary) / target.name
-            made.mkdir()
+        with atomic_directory(target, overwrite=overwrite) as made:
             for name, data in files.items():
                 (made / name).write_bytes(data)
             if is_decoder:
@@ -123,12 +117,18 @@ def export_onnx(
                     f"{model}: the exported graph differs from the model by {comparison.worst:.1e} of the largest number, "
                     f"more than {tolerance:.0e}; nothing was kept"
                 )
-            if target.exists():
-                target.rename(Path(temporary) / "replaced")  # there until the new one is in its place
-            made.rename(target)
         layers = len(file.index.layers)
     size = sum(path.stat().st_size for path in target.iterdir())
     return ExportReport(str(target), size, layers, comparison)
+
+
+def _check_old(target: Path, *, overwrite: bool) -> None:
+    """Refuses to replace what is no exported model."""
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
+    if target.exists() and not (target / GRAPH).is_file():
+        raise OutputError(f"{target}: is there and no exported model; --overwrite would remove it, choose another name")
+    check_parent(target.absolute())
 
 
 def _decoder(

@@ -1,0 +1,159 @@
+"""What a process asks of the file system, call by call, and something that happens at the n-th."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+_EVENTS: Final = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
+_WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+Act = Callable[[str, str], float]
+"""Called before each call with its name and path; may raise, or end the process. Returns which share of a write is done."""
+
+
+def install(room: Path, act: Act) -> None:
+    """Calls `act` from now on at every call that changes something under `room`; this cannot be undone.
+
+    Those are opening to write, renaming, removing and the like, each write and truncation of a raw file, and fsync. What a
+    library in another language writes is not seen.
+    """
+    original, fsync = io.open, os.fsync
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and (not isinstance(arguments[2], int) or not arguments[2] & _WRITES):
+            return
+        if event != "open" and event not in _EVENTS:
+            return
+        if isinstance(arguments[0], str | bytes | os.PathLike):
+            path = os.fsdecode(arguments[0])
+            if Path(path).absolute().is_relative_to(room):  # a relative one may be of a directory by descriptor
+                act(event, path)
+
+    class Raw(io.FileIO):
+        def write(self, data: Any) -> int:
+            view = memoryview(data).cast("B")
+            share = act("write", str(self.name))
+            return super().write(view[: max(1, int(share * len(view)))]) or 0
+
+        def truncate(self, size: int | None = None) -> int:
+            act("truncate", str(self.name))
+            return super().truncate(size)
+
+    def opened(
+        file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None, newline: Any = None,
+        closefd: bool = True, opener: Any = None,
+    ) -> Any:  # fmt: skip
+        if not set(mode) & set("wax+") or _is_elsewhere(file, room):
+            return original(file, mode, buffering, encoding, errors, newline, closefd, opener)
+        raw = Raw(file, mode.replace("b", "").replace("t", ""), closefd, opener)
+        if buffering == 0:
+            return raw
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
+
+    def synced(descriptor: int) -> None:
+        act("fsync", str(descriptor))
+        fsync(descriptor)
+
+    sys.addaudithook(audit)
+    io.open = builtins.open = opened
+    os.fsync = synced
+
+
+def _is_elsewhere(file: Any, room: Path) -> bool:
+    if isinstance(file, int):
+        return not Path(os.readlink(f"/proc/self/fd/{file}")).is_relative_to(room)
+    return not Path(os.fsdecode(file)).absolute().is_relative_to(room)
+
+
+class Count:
+    """Counts the calls, and asks `watch` about each."""
+
+    def __init__(self, watch: Callable[[str, str], None] = lambda event, path: None) -> None:
+        self.calls = 0
+        self._watch = watch
+
+    def __call__(self, event: str, path: str) -> float:
+        self.calls += 1
+        self._watch(event, path)
+        return 1.0
+
+
+class At(Count):
+    """Does something at the n-th call."""
+
+    def __init__(self, place: int, what: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._place, self._what = place, what
+
+    def __call__(self, event: str, path: str) -> float:
+        super().__call__(event, path)
+        if self.calls == self._place:
+            self._what(event, path)
+        return 1.0
+
+
+def send(number: int) -> Callable[[str, str], None]:
+    """A signal to itself."""
+    return lambda event, path: os.kill(os.getpid(), number)
+
+
+def fail(code: int) -> Callable[[str, str], None]:
+    """The call fails."""
+
+    def act(event: str, path: str) -> None:
+        raise OSError(code, os.strerror(code), *([] if event in ("write", "fsync", "truncate") else [path]))
+
+    return act
+
+
+class TornWrite(Count):
+    """SIGKILL in the middle of the n-th write."""
+
+    def __init__(self, place: int, share: float) -> None:
+        super().__init__()
+        self._place, self._share = place, share
+
+    def __call__(self, event: str, path: str) -> float:
+        if event == "write":
+            self.calls += 1
+            if self.calls == self._place:
+                self._place = -1  # the next call, which is to write the rest, does not come about
+                return self._share
+        if self._place == -1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1.0
+
+
+class ShortWrites(Count):
+    """Each write does only some of what it is asked to, as the system may."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = random.Random(seed)
+
+    def __call__(self, event: str, path: str) -> float:
+        return self._random.choice((0.0, 0.5, 0.9, 1.0))
+
+
+class FullDisk(Count):
+    """From the n-th call on nothing more can be written or made."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self._place = place
+
+    def __call__(self, event: str, path: str) -> float:
+        super().__call__(event, path)
+        if self.calls >= self._place and event in ("write", "open", "os.mkdir"):
+            fail(errno.ENOSPC)(event, path)
+        return 1.0
