@@ -29,7 +29,7 @@ class _Group(click.Group):
     """Ends every command in one line on stderr and an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
 
     def invoke(self, context: click.Context) -> Any:
-        with interruptible(_interrupted):
+        with interruptible(_interrupted) as leave:
             try:
                 return super().invoke(context)
             except SctError as error:
@@ -44,6 +44,7 @@ class _Group(click.Group):
                 self._fail("; ".join([f"{named}{error.strerror or error}", *_notes(error)]), 1)
             except KeyboardInterrupt as error:
                 click.echo(_interrupted(_notes(error)), err=True)
+                leave()
                 sys.exit(INTERRUPTED)
 
     @staticmethod

@@ -26,7 +26,7 @@ _LOOK: Final = 0.05
 
 
 @contextlib.contextmanager
-def interruptible(last_line: Callable[[list[str]], str]) -> Iterator[None]:
+def interruptible(last_line: Callable[[list[str]], str]) -> Iterator[Callable[[], None]]:
     """Within, the two signals raise KeyboardInterrupt in the main thread, or end the process where that does not come out.
 
     Python raises it only when the call that the thread is in returns: a decomposition may take minutes. So another thread hears
@@ -36,16 +36,20 @@ def interruptible(last_line: Callable[[list[str]], str]) -> Iterator[None]:
 
     Args:
         last_line: of the notes on what was kept, what to print.
+
+    Yields:
+        A function to call last, when all is cleaned up and said: after a signal it ends the process there and then. What Python
+        does at its end would wait for threads, or be aborted by one that is in a long call.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     watch = _Watch(last_line)
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     old = {number: signal.signal(number, watch.interrupt) or signal.SIG_DFL for number in numbers}
     try:
         with watch if sys.platform != "win32" else contextlib.nullcontext():
-            yield
+            yield watch.leave
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -69,6 +73,14 @@ class _Watch:
         while self.ends:  # nothing may be undone twice
             time.sleep(_LOOK)
         raise KeyboardInterrupt
+
+    def leave(self) -> None:
+        """Ends the process if a signal came."""
+        if self.is_noticed:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more
+                    stream.flush()
+            os._exit(INTERRUPTED)
 
     def __enter__(self) -> None:
         self._heard, self._said = socket.socketpair()

@@ -76,30 +76,40 @@ def _is_elsewhere(file: Any, room: Path) -> bool:
 
 
 class Count:
-    """Counts the calls, and asks `watch` about each."""
+    """Counts the calls, and those that write, and tells `watch` about each."""
 
     def __init__(self, watch: Callable[[str, str], None] = lambda event, path: None) -> None:
-        self.calls = 0
+        self.calls = self.writes = 0
         self._watch = watch
 
     def __call__(self, event: str, path: str) -> float:
         self.calls += 1
+        self.writes += event == "write"
         self._watch(event, path)
         return 1.0
 
 
-class At(Count):
+class At:
     """Does something at the n-th call."""
 
     def __init__(self, place: int, what: Callable[[str, str], None]) -> None:
-        super().__init__()
-        self._place, self._what = place, what
+        self._left, self._what = place, what
 
     def __call__(self, event: str, path: str) -> float:
-        super().__call__(event, path)
-        if self.calls == self._place:
+        self._left -= 1
+        if self._left == 0:
             self._what(event, path)
         return 1.0
+
+
+class FailAt(At):
+    """The n-th call fails. A removal does not: what cannot be removed stays, and is no write."""
+
+    def __init__(self, place: int, code: int) -> None:
+        super().__init__(place, lambda event, path: _fail(code, event, path))
+
+    def __call__(self, event: str, path: str) -> float:
+        return 1.0 if event in ("os.remove", "os.rmdir") else super().__call__(event, path)
 
 
 def send(number: int) -> Callable[[str, str], None]:
@@ -107,53 +117,44 @@ def send(number: int) -> Callable[[str, str], None]:
     return lambda event, path: os.kill(os.getpid(), number)
 
 
-def fail(code: int) -> Callable[[str, str], None]:
-    """The call fails."""
-
-    def act(event: str, path: str) -> None:
-        raise OSError(code, os.strerror(code), *([] if event in ("write", "fsync", "truncate") else [path]))
-
-    return act
+def _fail(code: int, event: str, path: str) -> None:
+    raise OSError(code, os.strerror(code), *([] if event in ("write", "fsync", "truncate") else [path]))
 
 
-class TornWrite(Count):
+class TornWrite:
     """SIGKILL in the middle of the n-th write."""
 
     def __init__(self, place: int, share: float) -> None:
-        super().__init__()
-        self._place, self._share = place, share
+        self._left, self._share = place, share
 
     def __call__(self, event: str, path: str) -> float:
-        if event == "write":
-            self.calls += 1
-            if self.calls == self._place:
-                self._place = -1  # the next call, which is to write the rest, does not come about
-                return self._share
-        if self._place == -1:
+        self._left -= event == "write"
+        if self._left == 0:
+            self._left = -1  # the next call, which is to write the rest, does not come about
+            return self._share
+        if self._left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return 1.0
 
 
-class ShortWrites(Count):
+class ShortWrites:
     """Each write does only some of what it is asked to, as the system may."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
         self._random = random.Random(seed)
 
     def __call__(self, event: str, path: str) -> float:
         return self._random.choice((0.0, 0.5, 0.9, 1.0))
 
 
-class FullDisk(Count):
+class FullDisk:
     """From the n-th call on nothing more can be written or made."""
 
     def __init__(self, place: int) -> None:
-        super().__init__()
-        self._place = place
+        self._left = place
 
     def __call__(self, event: str, path: str) -> float:
-        super().__call__(event, path)
-        if self.calls >= self._place and event in ("write", "open", "os.mkdir"):
-            fail(errno.ENOSPC)(event, path)
+        self._left -= 1
+        if self._left <= 0 and event in ("write", "open", "os.mkdir"):
+            _fail(errno.ENOSPC, event, path)
         return 1.0

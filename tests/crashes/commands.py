@@ -59,7 +59,7 @@ def digest(path: Path) -> str:
     sha256 = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         sha256.update(f"{file.relative_to(path)}".encode())
-        sha256.update(file.read_bytes())
+        sha256.update(file.read_bytes() if file.is_file() else b"/")
     return sha256.hexdigest()
 
 

@@ -16,7 +16,7 @@ from typing import Final
 from sctconv.formats.errors import FormatError, NotSctError
 from sctconv.formats.reader import SctFile
 
-from .calls import At, Count, FullDisk, ShortWrites, TornWrite, fail, install, send
+from .calls import Act, At, Count, FailAt, FullDisk, ShortWrites, TornWrite, install, send
 from .children import Ended, run
 from .commands import LEFTOVER, Command, digest, snapshot
 
@@ -92,13 +92,13 @@ class Torture:
                 [*command.words, "--overwrite"],
                 prepare=lambda room=room, count=count: install(room, count),  # type: ignore[misc]
                 finish=lambda count=count: told.write_text(  # type: ignore[misc]
-                    "\n".join([str(count.calls), *sorted(versions)])
+                    "\n".join([str(count.calls), str(count.writes), *sorted(versions)])
                 ),
             )
             self._expect(ended, command.words)
             if count is counts[0]:
-                calls, *found = told.read_text().split()
-                self.calls, self.seconds = int(calls), ended.seconds
+                calls, writes, *found = told.read_text().split()
+                self.calls, self.writes, self.seconds = int(calls), int(writes), ended.seconds
         command.new = {name: value for name, value in snapshot(self.whole).items() if name in command.whole}
         command.versions = frozenset(found) | set(command.new.values())
         again = snapshot(self.home / "again")
@@ -125,15 +125,16 @@ class Torture:
     def _blow(self, kind: str, share: float) -> _Blow:
         """A blow at about this share of the run."""
         call, size = 1 + int(share * self.calls), 1 + int(share**2 * self.size)  # there are more small files
-        act = {
+        acts: dict[str, Act] = {
             "SIGKILL at a call": At(call, send(signal.SIGKILL)),
-            "SIGKILL in a write": TornWrite(1 + int(0.5 * share * self.calls), self.random.random()),
-            "write error": At(call, fail(errno.EIO)),
+            "SIGKILL in a write": TornWrite(1 + int(share * self.writes), self.random.random()),
+            "write error": FailAt(call, errno.EIO),
             "full disk": FullDisk(call),
             "short writes": ShortWrites(call),
             "SIGINT at a call": At(call, send(signal.SIGINT)),
             "SIGTERM at a call": At(call, send(signal.SIGTERM)),
-        }.get(kind)
+        }
+        act = acts.get(kind)
         if act is not None:
             return _Blow(f"call {call} of {self.calls}", lambda room: install(room, act))
         if kind == "SIGKILL by time":
