@@ -161,6 +161,8 @@ def output_error(target: Path, error: OSError, *, is_kept: bool = False) -> Outp
         return OutputError(f"{target}: no space left on the disk; free some or write elsewhere{end}")
     if error.errno == errno.EFBIG:
         return OutputError(f"{target}: file size limit reached (ulimit -f or the filesystem's){end}")
+    if error.errno is None and "requested and" in str(error):  # numpy, which does not pass on the reason
+        return OutputError(f"{target}: no room for all of it ({error}); free some space or write elsewhere{end}")
     return OutputError(f"{target}: cannot be written ({error.strerror or error}){end}")
 
 

@@ -153,7 +153,9 @@ def run(
             try:
                 train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
             except KeyboardInterrupt:
-                if files.save_every and state.is_whole and state.step:  # in the middle of a step, what was kept before has to do
+                if (
+                    files.save_every and state.is_whole and state.step
+                ):  # in the middle of a step, what was kept before has to do
                     with last_work():
                         checkpoint()
                 raise

@@ -164,9 +164,7 @@ def convert(
         _begin(out, model, plan, key)
         if texts is not None and not out.is_complete:
             kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
-            calibrated = Calibrated(
-                model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
-            )
+            calibrated = Calibrated(model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress))
             plan = calibrated.plan
         run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
         if not out.is_complete:

@@ -66,12 +66,12 @@ def install(room: Path, act: Act) -> None:
 
     sys.addaudithook(audit)
     io.open = builtins.open = opened
-    os.fsync = synced
+    os.fsync = synced  # type: ignore[assignment]
 
 
 def _is_elsewhere(file: Any, room: Path) -> bool:
     if isinstance(file, int):
-        return not Path(os.readlink(f"/proc/self/fd/{file}")).is_relative_to(room)
+        return not Path(f"/proc/self/fd/{file}").readlink().is_relative_to(room)
     return not Path(os.fsdecode(file)).absolute().is_relative_to(room)
 
 

@@ -71,7 +71,7 @@ def snapshot(room: Path) -> dict[str, str]:
 def build(home: Path) -> list[Command]:
     """The commands, on a small model that is made in `home`."""
     torch.set_num_threads(1)
-    pipeline.convert = functools.partial(convert, journal_seconds=0.0)  # type: ignore[attr-defined]
+    pipeline.convert = functools.partial(convert, journal_seconds=0.0)
     writer._AHEAD = 4096  # type: ignore[misc]
     source = save(tiny_model("llama", vocab_size=260), home / "llama")
     tiny_tokenizer(source)
@@ -87,7 +87,19 @@ def build(home: Path) -> list[Command]:
 
     calibration = ["--calibration", str(text), "--calibration-tokens", "256", "--no-bf16"]
     train = ["train", str(model), "--data", str(text), "-o", "out.sct", "--context", "32", "--batch", "2", "--no-bf16"]
-    train += ["--save-every", "2", "--eval-every", "1", "--held-out", "0.1", "--angle", "0.5", "--json", "--rate", "0.05"]
+    train += [
+        "--save-every",
+        "2",
+        "--eval-every",
+        "1",
+        "--held-out",
+        "0.1",
+        "--angle",
+        "0.5",
+        "--json",
+        "--rate",
+        "0.05",
+    ]
     export = ["export-onnx", str(model), "-o", "onnx", "--json"]
     return [
         convert_with("convert", "--data-free"),

@@ -44,4 +44,4 @@ def test_the_blows_hit(rows: list[dict[str, Any]]) -> None:
         hit = [row for row in rows if row["command"] == command and row["kind"] in KILLS]
         assert sum(row["tried"] for row in hit) >= 10
         assert sum(row["survived"] for row in hit) < sum(row["tried"] for row in hit) / 2
-        assert sum((len(row["stood"]) for row in hit)) >= 2, "more than one kind of state was seen"
+        assert sum(len(row["stood"]) for row in hit) >= 2, "more than one kind of state was seen"

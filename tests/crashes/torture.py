@@ -8,7 +8,7 @@ import random
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -72,38 +72,39 @@ class Torture:
     def _undisturbed(self) -> None:
         """Learns what the command writes, in how many calls, and how long it takes."""
         command = self.command
-        old = self._room("old")
-        self._expect(run(old, command.other), command.other)
-        self.old, command.old = old, snapshot(old)
+        self.old = self._room("old")
+        self._expect(run(self.old, command.other), command.other)
+        command.old = snapshot(self.old)
+        self.whole, versions = self._watched("new")
+        again, _ = self._watched("again")
+        command.new, twin = (
+            {name: value for name, value in snapshot(room).items() if name in command.whole}
+            for room in (self.whole, again)
+        )
+        assert command.new == twin, f"{command.name} does not write the same twice"
+        command.versions = versions | set(command.new.values())
+        self.size = max(path.stat().st_size for path in self.whole.rglob("*") if path.is_file())
+
+    def _watched(self, name: str) -> tuple[Path, frozenset[str]]:
+        """Where the command was run, over an old output, and digests of all files that it put in a place."""
+        room, told = self._room(name), self.home / "told"
         versions: set[str] = set()
+        shutil.copytree(self.old, room, dirs_exist_ok=True)
 
         def watch(event: str, path: str) -> None:
             if event == "os.rename" and Path(path).is_file():
                 versions.add(digest(Path(path)))
 
-        told = self.home / "told"
-        counts = Count(watch), Count()
-        self.whole = self._room("new")
-        for room, count in ((self.whole, counts[0]), (self._room("again"), counts[1])):
-            shutil.rmtree(room)
-            shutil.copytree(old, room)  # so that replacing is among the calls
-            ended = run(
-                room,
-                [*command.words, "--overwrite"],
-                prepare=lambda room=room, count=count: install(room, count),  # type: ignore[misc]
-                finish=lambda count=count: told.write_text(  # type: ignore[misc]
-                    "\n".join([str(count.calls), str(count.writes), *sorted(versions)])
-                ),
-            )
-            self._expect(ended, command.words)
-            if count is counts[0]:
-                calls, writes, *found = told.read_text().split()
-                self.calls, self.writes, self.seconds = int(calls), int(writes), ended.seconds
-        command.new = {name: value for name, value in snapshot(self.whole).items() if name in command.whole}
-        command.versions = frozenset(found) | set(command.new.values())
-        again = snapshot(self.home / "again")
-        assert {name: again[name] for name in command.new} == command.new, "the command itself is not the same twice"
-        self.size = max(path.stat().st_size for path in self.whole.rglob("*") if path.is_file())
+        def tell() -> None:
+            told.write_text("\n".join([str(count.calls), str(count.writes), *versions]))
+
+        count = Count(watch)
+        words = [*self.command.words, "--overwrite"]
+        ended = run(room, words, prepare=lambda: install(room, count), finish=tell)
+        self._expect(ended, words)
+        calls, writes, *found = told.read_text().split()
+        self.calls, self.writes, self.seconds = int(calls), int(writes), ended.seconds
+        return room, frozenset(found)
 
     def _room(self, name: str) -> Path:
         room = self.home / name
@@ -150,13 +151,12 @@ class Torture:
     def _hit(self, row: Row, blow: _Blow, *, is_anew: bool) -> None:
         room, words = self._room("room"), list(self.command.words)
         if not is_anew:
-            shutil.rmtree(room)
-            shutil.copytree(self.old, room)
+            shutil.copytree(self.old, room, dirs_exist_ok=True)
             words.append("--overwrite")
         ended = run(room, words, prepare=lambda: blow.prepare(room), kill_after=blow.kill_after)
         row.tried += 1
         row.survived += ended.code == 0
-        old = {} if is_anew else self.command.old
+        old: Mapping[str, str] = {} if is_anew else self.command.old
         found = snapshot(room)
         row.stood[self._stands(found, old)] += 1
         row.left += any(LEFTOVER.fullmatch(name) for name in found)
@@ -164,7 +164,7 @@ class Torture:
         where = f"{row.command}, {row.kind} at {blow.place}, {'nothing' if is_anew else 'an old one'} there before"
         row.failures += [f"{where}: {what}" for what in wrong]
 
-    def _stands(self, found: dict[str, str], old: dict[str, str]) -> str:
+    def _stands(self, found: dict[str, str], old: Mapping[str, str]) -> str:
         command = self.command
         whole = {name: value for name, value in found.items() if name in command.whole}
         if command.new.items() <= whole.items():
@@ -189,7 +189,7 @@ class Torture:
             yield f"ended with 0 and another output: {sorted(found)}"
         yield from (f"left {name}" for name in found if LEFTOVER.fullmatch(name))
 
-    def _standing(self, room: Path, found: dict[str, str], old: dict[str, str]) -> Iterator[str]:
+    def _standing(self, room: Path, found: dict[str, str], old: Mapping[str, str]) -> Iterator[str]:
         """Whatever stands is old, or what an undisturbed run would have put there, or says that it is not finished."""
         command = self.command
         for name, value in found.items():

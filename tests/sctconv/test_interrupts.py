@@ -75,9 +75,7 @@ _CLEANING = {
 def _interrupted(program: str, *words: str, number: int = signal.SIGINT) -> tuple[str, str]:
     """What it says on stdout and stderr when it is interrupted as it prints `ready`; it must end long before it would."""
     command = [sys.executable, "-c", program, *words]
-    with subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line == "ready\n":
