@@ -20,7 +20,6 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 
@@ -54,7 +53,7 @@ def main() -> None:
                 row = torture.hit(kind, max(1, round(share)))
                 failures += row.failures
                 if arguments.json:
-                    print(json.dumps(asdict(row)), flush=True)
+                    print(json.dumps(vars(row)), flush=True)
                     continue
                 stood = row.stood
                 print(

@@ -19,12 +19,12 @@ from pathlib import Path
 from sctconv.cli import main
 
 PATIENCE = 120.0
-"""Seconds after which a child that does not end is killed, and that is a failure."""
+"""Processor seconds after which a child that does not end is killed, and that is a failure."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: exit code, or the signal's number as a negative one; what it said on stderr; seconds."""
+    """How a child ended: exit code, or the signal's number as a negative one; what it said on stderr; processor seconds."""
 
     code: int
     said: str
@@ -43,28 +43,27 @@ def run(
 
     Args:
         prepare, finish: called in the child before and after.
-        kill_after: seconds until SIGKILL.
+        kill_after: processor seconds until SIGKILL; those do not depend on what else the machine does.
     """
     with tempfile.TemporaryFile() as said:
         sys.stdout.flush()
-        start = time.monotonic()
         child = os.fork()
         if child == 0:
             _command(room, words, said.fileno(), prepare, finish)
-        status = _wait(child, start + (PATIENCE if kill_after is None else kill_after))
-        seconds = time.monotonic() - start
+        status, seconds = _wait(child, PATIENCE if kill_after is None else kill_after)
         said.seek(0)
         return Ended(os.waitstatus_to_exitcode(status), said.read().decode(errors="replace"), seconds)
 
 
-def _wait(child: int, deadline: float) -> int:
+def _wait(child: int, seconds: float) -> tuple[int, float]:
+    """Waits for a child, and kills it when it has had so many processor seconds, or stands still for a long time."""
+    deadline = time.monotonic() + 5 * PATIENCE
     while True:
-        found, status = os.waitpid(child, os.WNOHANG)
+        found, status, usage = os.wait4(child, os.WNOHANG)
         if found:
-            return status
-        if time.monotonic() >= deadline:
+            return status, usage.ru_utime + usage.ru_stime
+        if time.clock_gettime((~child << 3) | 2) >= seconds or time.monotonic() > deadline:  # Linux's clock of a process
             os.kill(child, signal.SIGKILL)
-            return os.waitpid(child, 0)[1]
         time.sleep(0.002)
 
 

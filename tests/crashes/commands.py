@@ -6,12 +6,15 @@ import functools
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
+from tqdm import tqdm
 
 from sctconv.convert import ConvertOptions, convert, pipeline
 from sctconv.formats import writer
@@ -71,6 +74,9 @@ def snapshot(room: Path) -> dict[str, str]:
 def build(home: Path) -> list[Command]:
     """The commands, on a small model that is made in `home`."""
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # no thread in the process that forks
+    tqdm.set_lock(threading.RLock())  # nor a lock that all children share, and one is killed with
+    transformers.utils.logging.disable_progress_bar()
     pipeline.convert = functools.partial(convert, journal_seconds=0.0)
     writer._AHEAD = 4096  # type: ignore[misc]
     source = save(tiny_model("llama", vocab_size=260), home / "llama")
