@@ -22,7 +22,8 @@ from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
 from sctconv.formats.errors import OutputError
 from sctconv.formats.index import LayerRecord
-from sctconv.formats.unfinished import noted
+from sctconv.formats.leftovers import remove_tree
+from sctconv.formats.unfinished import noted, unfinished
 from sctconv.formats.writer import SctWriter
 from sctconv.report.conversion import write_report
 from sctconv.runtime.linalg import (
@@ -221,7 +222,11 @@ def plan_conversion(
     plan = make_plan(model, options)
     if options.allocate == "measured":
         texts = read_texts(model, options)
-        with tempfile.TemporaryDirectory() as directory, FitStore(Path(directory) / "plan", {}) as kept:
+        with (
+            tempfile.TemporaryDirectory(prefix="sctconv-") as directory,
+            unfinished(lambda: remove_tree(Path(directory))),
+            FitStore(Path(directory) / "plan", {}) as kept,
+        ):
             plan = Calibrated(model, plan, options, texts, kept, progress=_of_one(progress)).plan
     return plan
 

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.torture [--kills 100] [--seed 0] [--commands convert train]
 
-A process that has imported everything forks one child a blow. Each kind of SIGKILL (by the clock; at a call to the file system;
-in the middle of a write; as a file reaches a size) takes its share of `--kills`, each kind of fault half of one kill's. Every
-other time something older stands where the command writes, and it is told `--overwrite`. Afterwards each file must be the old
-one, one that an undisturbed run puts there, or say of itself that it is not finished; and going on from there must end with the
-bytes of an undisturbed run, nothing else left.
+A process that has imported everything forks one child a blow. Each kind of SIGKILL takes its share of `--kills`: by the clock;
+at a call to the file system; at a turn, that is a rename, the call after it, or a flush; in the middle of a write; as a file
+reaches a size. Each kind of fault takes half as many. Every other time something older stands where the command writes, and it
+is told `--overwrite`. Afterwards each file must be the old one, one that an undisturbed run puts there, or say of itself that
+it is not finished; and going on from there must end with the bytes of an undisturbed run, nothing else left.
 """
 
 from __future__ import annotations

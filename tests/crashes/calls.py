@@ -76,15 +76,22 @@ def _is_elsewhere(file: Any, room: Path) -> bool:
 
 
 class Count:
-    """Counts the calls, and those that write, and tells `watch` about each."""
+    """Counts the calls, and those that write, and tells `watch` about each.
+
+    Attributes:
+        turns: places of the calls around which something else comes to stand: renames and what follows them, and flushes.
+    """
 
     def __init__(self, watch: Callable[[str, str], None] = lambda event, path: None) -> None:
         self.calls = self.writes = 0
+        self.turns: set[int] = set()
         self._watch = watch
 
     def __call__(self, event: str, path: str) -> float:
         self.calls += 1
         self.writes += event == "write"
+        if event in ("os.rename", "fsync"):
+            self.turns |= {self.calls, self.calls + (event == "os.rename")}
         self._watch(event, path)
         return 1.0
 

@@ -62,7 +62,9 @@ def _wait(child: int, seconds: float) -> tuple[int, float]:
         found, status, usage = os.wait4(child, os.WNOHANG)
         if found:
             return status, usage.ru_utime + usage.ru_stime
-        if time.clock_gettime((~child << 3) | 2) >= seconds or time.monotonic() > deadline:  # Linux's clock of a process
+        if (
+            time.clock_gettime((~child << 3) | 2) >= seconds or time.monotonic() > deadline
+        ):  # Linux's clock of a process
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
 

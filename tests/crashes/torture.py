@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import errno
+import json
 import random
 import resource
 import shutil
@@ -20,7 +21,7 @@ from .calls import Act, At, Count, FailAt, FullDisk, ShortWrites, TornWrite, ins
 from .children import Ended, run
 from .commands import LEFTOVER, Command, digest, snapshot
 
-KILLS: Final = ("SIGKILL by time", "SIGKILL at a call", "SIGKILL in a write", "killed at a size")
+KILLS: Final = ("SIGKILL by time", "SIGKILL at a call", "SIGKILL at a turn", "SIGKILL in a write", "killed at a size")
 FAULTS: Final = ("write error", "full disk", "file size limit", "short writes", "SIGINT at a call", "SIGTERM at a call")
 _STOPS: Final = ("SIGINT at a call", "SIGTERM at a call")
 
@@ -96,14 +97,15 @@ class Torture:
                 versions.add(digest(Path(path)))
 
         def tell() -> None:
-            told.write_text("\n".join([str(count.calls), str(count.writes), *versions]))
+            turns = sorted(count.turns)
+            told.write_text(json.dumps([count.calls, count.writes, turns, sorted(versions)]))
 
         count = Count(watch)
         words = [*self.command.words, "--overwrite"]
         ended = run(room, words, prepare=lambda: install(room, count), finish=tell)
         self._expect(ended, words)
-        calls, writes, *found = told.read_text().split()
-        self.calls, self.writes, self.seconds = int(calls), int(writes), ended.seconds
+        self.calls, self.writes, self.turns, found = json.loads(told.read_text())
+        self.seconds = ended.seconds
         return room, frozenset(found)
 
     def _room(self, name: str) -> Path:
@@ -120,14 +122,17 @@ class Torture:
         """So many blows of one kind, every other one where something stands already."""
         row = Row(self.command.name, kind)
         for place in range(times):
-            self._hit(row, self._blow(kind, (place + self.random.random()) / times), is_anew=place % 2 == 0)
+            share = min(0.999, (place // 2 + self.random.random()) / max(1, times / 2))
+            self._hit(row, self._blow(kind, share), is_anew=place % 2 == 0)
         return row
 
     def _blow(self, kind: str, share: float) -> _Blow:
         """A blow at about this share of the run."""
         call, size = 1 + int(share * self.calls), 1 + int(share**2 * self.size)  # there are more small files
+        turn = self.turns[int(share * len(self.turns))]
         acts: dict[str, Act] = {
             "SIGKILL at a call": At(call, send(signal.SIGKILL)),
+            "SIGKILL at a turn": At(turn, send(signal.SIGKILL)),
             "SIGKILL in a write": TornWrite(1 + int(share * self.writes), self.random.random()),
             "write error": FailAt(call, errno.EIO),
             "full disk": FullDisk(call),
@@ -137,6 +142,7 @@ class Torture:
         }
         act = acts.get(kind)
         if act is not None:
+            call = turn if kind == "SIGKILL at a turn" else call
             return _Blow(f"call {call} of {self.calls}", lambda room: install(room, act))
         if kind == "SIGKILL by time":
             seconds = share * self.seconds
