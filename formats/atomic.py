@@ -87,8 +87,10 @@ def _placed(
 ) -> Iterator[BinaryIO]:
     """Renames a file that is being written to its target at the end; or removes it, unless an exception is to keep it."""
 
+    is_placed = False
+
     def remove() -> None:
-        if not keeps():
+        if not is_placed and not keeps():
             temporary.unlink()
 
     try:
@@ -100,13 +102,11 @@ def _placed(
             temporary.chmod(0o666 & ~_umask())
             check_target(target, overwrite=overwrite)
             temporary.replace(target)
-    except BaseException as error:
-        kept = keeps()
-        with contextlib.suppress(OSError):
-            remove()
+            is_placed = True
+    except OSError as error:
         # An operation on an open file carries no name; one with another name failed on some other file.
-        if isinstance(error, OSError) and (error.filename is None or Path(error.filename) == temporary):
-            raise output_error(target, error, is_kept=kept) from error
+        if error.filename is None or Path(error.filename) == temporary:
+            raise output_error(target, error, is_kept=keeps()) from error
         raise
     fsync_directory(target.parent)
 

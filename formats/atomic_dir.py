@@ -48,9 +48,8 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         temporary, descriptor = _temporary(target)
     except OSError as error:
         raise output_error(target, error) from error
-    discard = lambda: _discard(temporary, target)  # noqa: E731
     try:
-        with unfinished(discard):
+        with unfinished(lambda: _discard(temporary, target)):
             made = temporary / target.name
             made.mkdir()
             yield made
@@ -63,7 +62,6 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
             raise output_error(Path(path), error) from error
         raise
     finally:
-        discard()
         if descriptor is not None:
             os.close(descriptor)
     fsync_directory(target.parent)

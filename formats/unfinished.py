@@ -12,13 +12,18 @@ _last_works: list[object] = []
 
 @contextlib.contextmanager
 def unfinished(remove: Callable[[], None]) -> Iterator[None]:
-    """Within, something half-written is on the disk, which `remove` would take away."""
+    """Within, something half-written may be on the disk, which `remove` takes away, if it is there; it is called on leaving, too.
+
+    Where Ctrl-C comes just then, it stays on the list, and `abandon` calls it once more.
+    """
     key = object()
     _removals[key] = remove
     try:
         yield
     finally:
-        del _removals[key]
+        with contextlib.suppress(OSError):
+            remove()
+        _removals.pop(key, None)
 
 
 @contextlib.contextmanager
@@ -53,7 +58,8 @@ def is_unwinding() -> bool:
 
 def abandon() -> list[str]:
     """Removes all that is half-written, for a process that ends now; returns the notes of what is kept."""
-    for remove in list(_removals.values()):
+    while _removals:
+        _, remove = _removals.popitem()
         with contextlib.suppress(OSError):
             remove()
     return [text for note in list(_notes) if (text := note())]

@@ -22,6 +22,7 @@ from .commands.report import report
 from .commands.train import train
 from .commands.verify import verify
 from .formats.errors import SctError
+from .formats.unfinished import abandon
 from .interrupts import INTERRUPTED, interruptible
 
 
@@ -43,6 +44,7 @@ class _Group(click.Group):
                 named = f"{error.filename}: " if error.filename else ""
                 self._fail("; ".join([f"{named}{error.strerror or error}", *_notes(error)]), 1)
             except KeyboardInterrupt as error:
+                abandon()  # where a second one came while the first was cleaned up after
                 click.echo(_interrupted(_notes(error)), err=True)
                 leave()
                 sys.exit(INTERRUPTED)

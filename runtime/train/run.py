@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -246,32 +247,52 @@ class _Log:
             lines = files.metrics.read_text(encoding="utf-8").splitlines()
             with atomic_file(files.metrics, overwrite=True) as out:
                 out.writelines(f"{line}\n".encode() for line in lines if _step(line) <= done)
-        self._path = files.metrics
+        self._files = files
         self._file = files.metrics.open("a" if done else "w", encoding="utf-8")
         self._board: Any = None
-        with contextlib.suppress(ImportError):  # TensorBoard is not installed
-            self._board = importlib.import_module(self._TENSORBOARD).SummaryWriter(files.board, purge_step=done + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._failed
+        try:
+            with contextlib.suppress(ImportError):  # TensorBoard is not installed
+                self._board = importlib.import_module(self._TENSORBOARD).SummaryWriter(files.board, purge_step=done + 1)
+        except OSError as error:
+            self.__exit__()
+            raise output_error(files.board, error, is_kept=True) from error
 
     def add(self, done: Progress) -> None:
+        """Raises OutputError where there is no room for it; what the run kept is as it was."""
         values = asdict(done)
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
-            raise output_error(self._path, error, is_kept=True) from error
-        if self._board is not None:
+            raise output_error(self._files.metrics, error, is_kept=True) from error
+        if self._board is None:
+            return
+        try:
             for name, value in values.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, done.step)
+        except OSError as error:  # of an earlier step: a thread writes
+            raise output_error(self._files.board, error, is_kept=True) from error
 
     def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # the rest of a line that found no room, which was told
+        with contextlib.suppress(OSError):  # the rest of what found no room, which was told
             self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_AsyncWriterThread":  # TensorBoard's, which has failed and is about to say so
+                thread.join(1.0)
+        threading.excepthook = self._hook
+
+    def _failed(self, args: Any) -> None:
+        """TensorBoard's thread: what the system says to it is raised by the next `add`, and needs no traceback besides."""
+        if not issubclass(args.exc_type, OSError):
+            self._hook(args)
 
 
 def _step(line: str) -> float:

@@ -35,6 +35,7 @@ class Command:
         words: its arguments, without `--overwrite`; it is run in the directory that it writes to.
         other: arguments that make what stands there beforehand, where something does.
         whole: names that appear whole or not at all.
+        every: arguments under which an undisturbed run puts there all that an interrupted one may.
         loose: names that grow, or hold times.
         parts: names of files that say of themselves that they are not finished.
         go_on: of the directory and of what it may hold of this run, the arguments to go on with.
@@ -49,6 +50,7 @@ class Command:
     other: list[str]
     whole: tuple[str, ...]
     go_on: Callable[[Path, Command], list[str]]
+    every: tuple[str, ...] = ()
     loose: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     same: Callable[[Path, Path], str | None] = lambda one, other: None
@@ -116,6 +118,7 @@ def build(home: Path) -> list[Command]:
             [*train, "--steps", "3", "--seed", "1"],
             ("out.sct", "out.checkpoint.sct", "out.last.sct"),
             _resume_training,
+            every=("--save-every", "1"),  # Ctrl-C writes a checkpoint at whatever step it comes
             loose=("out.metrics.jsonl", "out.train.html", "out.tensorboard"),
             same=_same_metrics,
         ),

@@ -76,17 +76,17 @@ class Torture:
         self.old = self._room("old")
         self._expect(run(self.old, command.other), command.other)
         command.old = snapshot(self.old)
-        self.whole, versions = self._watched("new")
-        again, _ = self._watched("again")
+        again, versions = self._watched("again", *command.every)
+        self.whole, more = self._watched("new")
         command.new, twin = (
             {name: value for name, value in snapshot(room).items() if name in command.whole}
             for room in (self.whole, again)
         )
         assert command.new == twin, f"{command.name} does not write the same twice"
-        command.versions = versions | set(command.new.values())
+        command.versions = versions | more | set(command.new.values())
         self.size = max(path.stat().st_size for path in self.whole.rglob("*") if path.is_file())
 
-    def _watched(self, name: str) -> tuple[Path, frozenset[str]]:
+    def _watched(self, name: str, *more: str) -> tuple[Path, frozenset[str]]:
         """Where the command was run, over an old output, and digests of all files that it put in a place."""
         room, told = self._room(name), self.home / "told"
         versions: set[str] = set()
@@ -101,7 +101,7 @@ class Torture:
             told.write_text(json.dumps([count.calls, count.writes, turns, sorted(versions)]))
 
         count = Count(watch)
-        words = [*self.command.words, "--overwrite"]
+        words = [*self.command.words, "--overwrite", *more]
         ended = run(room, words, prepare=lambda: install(room, count), finish=tell)
         self._expect(ended, words)
         self.calls, self.writes, self.turns, found = json.loads(told.read_text())

@@ -186,3 +186,21 @@ def test_a_process_that_just_ends_leaves_nothing_either(tmp_path: Path) -> None:
         assert abandon() == ["a note"]
         assert list(tmp_path.iterdir()) == []
     assert not is_unwinding()
+
+
+def test_interrupted_while_it_is_removed_it_is_removed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree, calls = atomic_dir.remove_tree, []
+
+    def interrupted(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rmtree(path)
+
+    monkeypatch.setattr(atomic_dir, "remove_tree", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "onnx") as made:
+        _fill(made, "new")
+    assert is_unwinding()
+    abandon()
+    assert not is_unwinding()
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,3 +109,18 @@ def test_a_disk_that_is_full_for_the_log_is_one_line_that_names_it(factored: Pat
     with pytest.raises(OutputError, match=r"no space left on the disk; free some or write elsewhere$") as caught:
         run(files, _text(factored), quick())
     assert str(caught.value).startswith(f"{files.metrics}: ")
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_one_line_too(
+    factored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    files = Files(factored, tmp_path / "n.sct", save_every=1)
+    with pytest.raises(OutputError, match=r"tensorboard: no space left on the disk; free some or write elsewhere$"):
+        run(files, _text(factored), quick(steps=300))
+    assert "Traceback" not in capfd.readouterr().err
