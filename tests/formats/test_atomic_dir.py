@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sctconv.formats import atomic_dir
+from sctconv.formats import atomic_dir, leftovers
 from sctconv.formats.atomic import atomic_file
 from sctconv.formats.atomic_dir import atomic_directory
 from sctconv.formats.errors import OutputError
@@ -189,7 +189,7 @@ def test_a_process_that_just_ends_leaves_nothing_either(tmp_path: Path) -> None:
 
 
 def test_interrupted_while_it_is_removed_it_is_removed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rmtree, calls = atomic_dir.remove_tree, []
+    rmtree, calls = leftovers.remove_tree, []
 
     def interrupted(path: Path) -> None:
         calls.append(path)
