@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -35,20 +35,22 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     target = Path(path)
     check_target(target, overwrite=overwrite)
     sweep(target)
-    try:
-        descriptor, name = _temporary(target)
-    except OSError as error:
-        raise output_error(target, error) from error
-    with _placed(os.fdopen(descriptor, "w+b"), Path(name), target, overwrite=overwrite) as file:
-        yield file
+    temporary = target.with_name(f"{prefix(target)}{secrets.token_hex(4)}.tmp")
+    with unfinished(temporary.unlink):  # before it is there, or Ctrl-C might come between
+        try:
+            descriptor = _create(temporary)
+        except OSError as error:
+            raise output_error(target, error) from error
+        with _placed(os.fdopen(descriptor, "w+b"), temporary, target, overwrite=overwrite) as file:
+            yield file
 
 
-def _temporary(target: Path) -> tuple[int, str]:
-    """A new file beside the target, open and marked as in use."""
+def _create(temporary: Path) -> int:
+    """Makes a new file, marked as in use, and returns its descriptor."""
     while True:
-        descriptor, name = tempfile.mkstemp(prefix=prefix(target), suffix=".tmp", dir=target.parent)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         if claim(descriptor):
-            return descriptor, name
+            return descriptor
         os.close(descriptor)  # swept before it was marked
 
 
