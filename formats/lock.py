@@ -13,6 +13,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from .errors import OutputError
+from .unfinished import unfinished
 
 _PATIENCE: Final = 0.2
 """Seconds until a lock counts as held: a process that ends removes its file while others may have opened it."""
@@ -53,10 +54,9 @@ def output_lock(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     try:
-        yield
+        with unfinished(place.unlink):  # goes while it is held, or another's would; Windows refuses, and then it stays
+            yield
     finally:
-        with contextlib.suppress(OSError):
-            place.unlink()  # while it is held, or another's would go; Windows refuses, and then it stays
         lock.release()
 
 

@@ -6,9 +6,7 @@ Nothing here or in `commands` imports torch or transformers before a command run
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
 from typing import Any
 
 import click
@@ -24,32 +22,36 @@ from .commands.report import report
 from .commands.train import train
 from .commands.verify import verify
 from .formats.errors import SctError
-
-INTERRUPTED = 130
+from .formats.unfinished import abandon
+from .interrupts import INTERRUPTED, interruptible
 
 
 class _Group(click.Group):
     """Ends every command in one line on stderr and an exit code: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
 
     def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except SctError as error:
-            self._fail("; ".join([str(error), *_notes(error)]), error.exit_code)
-        except MemoryError:
-            self._fail("out of memory; a smaller model, rank or context needs less", 1)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
-            sys.exit(1)
-        except OSError as error:
-            named = f"{error.filename}: " if error.filename else ""
-            self._fail(f"{named}{error.strerror or error}", 1)
-        except KeyboardInterrupt as error:
-            self._fail("; ".join(["interrupted", *(_notes(error) or ["nothing half-written was left"])]), INTERRUPTED)
+        with interruptible(_interrupted) as leave:
+            try:
+                return super().invoke(context)
+            except SctError as error:
+                self._fail("; ".join([str(error), *_notes(error)]), error.exit_code)
+            except MemoryError as error:
+                self._fail("; ".join(["out of memory; a smaller model, rank or context needs less", *_notes(error)]), 1)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+                sys.exit(1)
+            except OSError as error:
+                named = f"{error.filename}: " if error.filename else ""
+                self._fail("; ".join([f"{named}{error.strerror or error}", *_notes(error)]), 1)
+            except KeyboardInterrupt as error:
+                abandon()  # where a second one came while the first was cleaned up after
+                click.echo(_interrupted(_notes(error)), err=True)
+                leave()
+                sys.exit(INTERRUPTED)
 
     @staticmethod
     def _fail(message: str, code: int) -> None:
-        click.echo(f"sctconv: {' '.join(message.split())}", err=True)
+        click.echo(_line(message), err=True)
         sys.exit(code)
 
 
@@ -57,16 +59,18 @@ class _Group(click.Group):
 @click.version_option(__version__, "-V", "--version", prog_name="sctconv")
 def main() -> None:
     """Language models whose linear layers are truncated SVD factors, W = U diag(s) V^T."""
-    # a terminated run cleans up like an interrupted one
-    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _line(message: str) -> str:
+    return f"sctconv: {' '.join(message.split())}"
+
+
+def _interrupted(notes: list[str]) -> str:
+    return _line("; ".join(["interrupted", *(notes or ["nothing half-written was left"])]))
 
 
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 for command in (convert, inspect, report, verify, evaluate, generate, init, train, export_onnx):

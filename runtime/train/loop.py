@@ -61,6 +61,8 @@ class TrainState:
         optimizer: with its moments.
         best: least held-out loss so far; best_step: after how many steps.
         looks: looks at the held-out windows since then.
+        is_whole: whether the weights are those after `step` steps and all that belongs to a step was done, the look and
+            `on_step` included; while a step moves them it is not.
     """
 
     step: int
@@ -68,6 +70,7 @@ class TrainState:
     best: float = math.inf
     best_step: int = 0
     looks: int = 0
+    is_whole: bool = True
     history: list[Progress] = field(default_factory=list)
 
 
@@ -124,6 +127,7 @@ def train(
             parts, total = list(batch.split(options.micro_batch)), 0.0
             for place, part in enumerate(parts):
                 stepping.on = place == len(parts) - 1
+                state.is_whole = not (stepping.on and options.step_in_backward)
                 total += objective.descend(part, scale)
                 if not math.isfinite(total):
                     break
@@ -133,6 +137,7 @@ def train(
                 raise TrainError(
                     f"step {state.step + 1}: {what}; lower the rates; files of earlier steps are as they were"
                 )
+            state.is_whole = False
             state.optimizer.step()
             state.step += 1
             last = state.step == options.steps
@@ -147,6 +152,7 @@ def train(
             state.history.append(progress)
             if on_step:
                 on_step(progress)
+            state.is_whole = True
     model.eval()
     return state
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +15,10 @@ from typing import Any, Final
 
 import torch
 
-from sctconv.formats.atomic import atomic_file, check_target
+from sctconv.formats.atomic import atomic_file, check_target, output_error
 from sctconv.formats.lock import output_lock
 from sctconv.formats.reader import SctFile
+from sctconv.formats.unfinished import last_work, noted
 
 from ..memory import peak_rss_bytes
 from ..model import load
@@ -142,12 +144,13 @@ def _run(
         "texts": [{"source": name, "tokens": tokens} for name, tokens in data.sources],
         "teacher": identity["teacher"],
     }
-    first = state.best
+    first, kept = state.best, files.resume
     with SctFile(files.model) as source, _Log(files, state.step) as log:
 
         def checkpoint() -> None:
-            if files.save_every:
-                save_checkpoint(model, source, state, options, identity, files.checkpoint)
+            nonlocal kept
+            save_checkpoint(model, source, state, options, identity, files.checkpoint)
+            kept = files.checkpoint
 
         def step(done: Progress) -> None:
             log.add(done)
@@ -162,11 +165,16 @@ def _run(
             training = {**facts, "step": reached.step, "held_out_loss": reached.best}
             save_model(model, source, files.output, training=training, overwrite=True)
 
-        try:
-            train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
-        except KeyboardInterrupt:
-            checkpoint()
-            raise
+        with noted(lambda: f"a checkpoint is kept; go on with --resume {kept}" if kept else None):
+            try:
+                train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
+            except KeyboardInterrupt:
+                if (
+                    files.save_every and state.is_whole and state.step
+                ):  # in the middle of a step, what was kept before has to do
+                    with last_work():
+                        checkpoint()
+                raise
         if state.step != state.best_step:
             save_model(model, source, files.last, training={**facts, "step": state.step}, overwrite=True)
     return {
@@ -253,25 +261,58 @@ class _Log:
         if done and files.metrics.exists():
             lines = files.metrics.read_text(encoding="utf-8").splitlines()
             with atomic_file(files.metrics, overwrite=True) as out:
-                out.writelines(f"{line}\n".encode() for line in lines if json.loads(line)["step"] <= done)
+                out.writelines(f"{line}\n".encode() for line in lines if _step(line) <= done)
+        self._files = files
         self._file = files.metrics.open("a" if done else "w", encoding="utf-8")
         self._board: Any = None
-        with contextlib.suppress(ImportError):  # TensorBoard is not installed
-            self._board = importlib.import_module(self._TENSORBOARD).SummaryWriter(files.board, purge_step=done + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._failed
+        try:
+            with contextlib.suppress(ImportError):  # TensorBoard is not installed
+                self._board = importlib.import_module(self._TENSORBOARD).SummaryWriter(files.board, purge_step=done + 1)
+        except OSError as error:
+            self.__exit__()
+            raise output_error(files.board, error, is_kept=True) from error
 
     def add(self, done: Progress) -> None:
+        """Raises OutputError where there is no room for it; what the run kept is as it was."""
         values = asdict(done)
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise output_error(self._files.metrics, error, is_kept=True) from error
+        if self._board is None:
+            return
+        try:
             for name, value in values.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, done.step)
+        except OSError as error:  # of an earlier step: a thread writes
+            raise output_error(self._files.board, error, is_kept=True) from error
 
     def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the rest of what found no room, which was told
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_AsyncWriterThread":  # TensorBoard's, which has failed and is about to say so
+                thread.join(1.0)
+        threading.excepthook = self._hook
+
+    def _failed(self, args: Any) -> None:
+        """TensorBoard's thread: what the system says to it is raised by the next `add`, and needs no traceback besides."""
+        if not issubclass(args.exc_type, OSError):
+            self._hook(args)
+
+
+def _step(line: str) -> float:
+    """The step that a line of `metrics.jsonl` is of; infinite of one that was cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf

@@ -17,13 +17,14 @@ import torch
 import transformers
 
 import sctconv
-from sctconv.errors import OptionError
 from sctconv.formats.atomic import check_target, part_path
 from sctconv.formats.checkpoint import TensorInfo, read_tensor
 from sctconv.formats.dtypes import FLOATS, dtype_name, numpy_dtype
 from sctconv.formats.errors import OutputError
 from sctconv.formats.index import LayerRecord
+from sctconv.formats.leftovers import remove_tree
 from sctconv.formats.lock import output_lock
+from sctconv.formats.unfinished import noted, unfinished
 from sctconv.formats.writer import SctWriter
 from sctconv.report.conversion import write_report
 from sctconv.runtime.linalg import (
@@ -46,7 +47,7 @@ from .fit_store import FitStore
 from .forecast import Forecast, forecast
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
-from .resume import JOURNAL_SECONDS, check_same, check_stopped, digest, fingerprint, fits_path, is_stopped
+from .resume import JOURNAL_SECONDS, check_same, check_stopped, digest, fingerprint, fits_path, go_on_with
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done, the whole work (in one arbitrary unit) and the name of what is being worked on."""
@@ -160,25 +161,21 @@ def convert(
         texts = read_texts(model, options) if options.calibration else None
         key = fingerprint(model, options, texts)
         calibrated = None
-        try:
-            with contextlib.ExitStack() as stack:
-                out = stack.enter_context(SctWriter(path, overwrite=overwrite, journaled=True, resume=resume))
-                _check_space(path, plan, out)
-                _begin(out, model, plan, key)
-                if texts is not None and not out.is_complete:
-                    kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
-                    calibrated = Calibrated(
-                        model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
-                    )
-                    plan = calibrated.plan
-                run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
-                if not out.is_complete:
-                    run.write(progress, journal_seconds)
-                    run.finish(key)
-        except BaseException as error:
-            if is_stopped(path) and not isinstance(error, OptionError):
-                error.add_note(f"what is done is kept beside {path}; go on with --resume")
-            raise
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(noted(lambda: go_on_with(path)))
+            out = stack.enter_context(SctWriter(path, overwrite=overwrite, journaled=True, resume=resume))
+            _check_space(path, plan, out)
+            _begin(out, model, plan, key)
+            if texts is not None and not out.is_complete:
+                kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
+                calibrated = Calibrated(
+                    model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
+                )
+                plan = calibrated.plan
+            run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
+            if not out.is_complete:
+                run.write(progress, journal_seconds)
+                run.finish(key)
         if page is not None:
             write_report(path, page, overwrite=overwrite)
         return run.report(page, time.perf_counter() - start)
@@ -217,7 +214,11 @@ def plan_conversion(
     plan = make_plan(model, options)
     if options.allocate == "measured":
         texts = read_texts(model, options)
-        with tempfile.TemporaryDirectory() as directory, FitStore(Path(directory) / "plan", {}) as kept:
+        with (
+            tempfile.TemporaryDirectory(prefix="sctconv-") as directory,
+            unfinished(lambda: remove_tree(Path(directory))),
+            FitStore(Path(directory) / "plan", {}) as kept,
+        ):
             plan = Calibrated(model, plan, options, texts, kept, progress=_of_one(progress)).plan
     return plan, forecast(model, plan, options)
 

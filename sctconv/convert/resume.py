@@ -42,9 +42,11 @@ def check_stopped(path: Path, *, overwrite: bool, resume: bool) -> None:
         check_part(kept, overwrite=overwrite, resume=resume)
 
 
-def is_stopped(path: Path) -> bool:
-    """Whether a conversion to `path` left something to go on from."""
-    return any(part_path(kept).exists() for kept in (path, fits_path(path)))
+def go_on_with(path: Path) -> str | None:
+    """What to say of a conversion to `path` that is stopped; None where it leaves nothing to go on from."""
+    if not any(part_path(kept).exists() for kept in (path, fits_path(path))):
+        return None
+    return f"what is done is kept beside {path}; go on with --resume"
 
 
 def fingerprint(model: DenseModel, options: ConvertOptions, texts: Calibration | None) -> dict[str, Any]:

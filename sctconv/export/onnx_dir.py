@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Final
 import torch
 
 from sctconv.errors import OptionError
+from sctconv.formats.atomic import check_parent
+from sctconv.formats.atomic_dir import atomic_directory
 from sctconv.formats.errors import OutputError
 from sctconv.formats.lock import output_lock
 from sctconv.formats.reader import SctFile
@@ -99,20 +100,16 @@ def export_onnx(
             cannot be written or is being written by another process. OnnxError: the graph does not compute what the model does.
     """
     target = Path(directory)
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
-    if target.exists() and not (target / GRAPH).is_file():
-        raise OutputError(f"{target}: is there and no exported model; --overwrite would remove it, choose another name")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"{target}: the directory {target.parent} does not exist; create it first")
+    _check_old(target, overwrite=overwrite)
     with output_lock(target):
-        return _export(model, target, options, progress)
+        return _export(model, target, options, overwrite, progress)
 
 
 def _export(
     model: str | os.PathLike[str],
     target: Path,
     options: ExportOptions,
+    overwrite: bool,
     progress: Callable[[float, float, str], None] | None,
 ) -> ExportReport:
     with SctFile(model) as file:
@@ -120,9 +117,7 @@ def _export(
         files = {name: file.file(name) for name in file.index.files}
         config = load_config(files, str(model), [entry.shape for entry in file.index.tensors.values()])
         is_decoder = build_skeleton(config, str(model)).can_generate()
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as temporary:
-            made = Path(temporary) / target.name
-            made.mkdir()
+        with atomic_directory(target, overwrite=overwrite) as made:
             for name, data in files.items():
                 (made / name).write_bytes(data)
             if is_decoder:
@@ -135,12 +130,18 @@ def _export(
                     f"{model}: the exported graph differs from the model by {comparison.worst:.1e} of the largest number, "
                     f"more than {tolerance:.0e}; nothing was kept"
                 )
-            if target.exists():
-                target.rename(Path(temporary) / "replaced")  # there until the new one is in its place
-            made.rename(target)
         layers = len(file.index.layers)
     size = sum(path.stat().st_size for path in target.iterdir())
     return ExportReport(str(target), size, layers, comparison)
+
+
+def _check_old(target: Path, *, overwrite: bool) -> None:
+    """Refuses to replace what is no exported model."""
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
+    if target.exists() and not (target / GRAPH).is_file():
+        raise OutputError(f"{target}: is there and no exported model; --overwrite would remove it, choose another name")
+    check_parent(target.absolute())
 
 
 def _decoder(

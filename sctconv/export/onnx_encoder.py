@@ -48,10 +48,10 @@ def write_encoder(model: Any, directory: Path, source: str) -> None:
                 dynamic_shapes={"input_ids": dims, "attention_mask": dims},
                 verbose=False,
             )
-            assert program is not None
-            program.save(directory / GRAPH, external_data=True)
     except Exception as error:  # the exporter raises what it likes
         raise OnnxError(f"{source}: torch cannot trace it: {' '.join(str(error).split())[:300]}") from None
+    assert program is not None
+    program.save(directory / GRAPH, external_data=True)
 
 
 def compare_encoder(model: Any, directory: Path) -> Comparison:

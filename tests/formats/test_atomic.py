@@ -4,7 +4,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +136,10 @@ def test_an_error_without_a_number_is_told(target):
 
 
 def test_no_temporary_file_no_output(target, monkeypatch):
-    def fail(**options):
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    def fail(path, *args):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OutputError, match="no space left on the disk") as caught:
         write(target)
     assert one_line(caught.value, target) and untouched(target)
@@ -224,3 +223,16 @@ def test_a_read_only_directory_is_refused(tmp_path, monkeypatch):
     finally:
         tmp_path.chmod(0o755)
     assert one_line(caught.value, path) and untouched(path)
+
+
+def test_interrupted_as_the_temporary_file_is_made_none_is_left(target, monkeypatch):
+    made = os.open
+
+    def interrupted(path, *args):
+        made(path, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(target)
+    assert untouched(target)
