@@ -172,6 +172,8 @@ def convert(
                     model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
                 )
                 plan = calibrated.plan
+            else:  # of a run that was stopped when all but the last step was done, or of another that is overwritten
+                part_path(fits_path(path)).unlink(missing_ok=True)
             run = _Conversion(model, plan, options, device, must_shrink, calibrated, out)
             if not out.is_complete:
                 run.write(progress, journal_seconds)

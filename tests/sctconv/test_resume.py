@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
+from sctconv.convert.fit_store import FitStore
 from sctconv.errors import OptionError
 from sctconv.formats.atomic import part_path
 from sctconv.formats.errors import IncompleteError, OutputError, SctError
@@ -208,3 +209,29 @@ def test_damage_in_what_was_kept_is_found(source: Path, tmp_path: Path) -> None:
         data[entry.offset] ^= 1
         part.write_bytes(data)
     assert _run(source, output, options, resume=True).layers
+
+
+def test_stopped_before_the_last_step_its_fits_go_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = _options(source, "calibrated")
+    _run(source, tmp_path / "whole.sct", options)
+    with monkeypatch.context() as patch:
+
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(FitStore, "__exit__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _run(source, tmp_path / "out.sct", options)
+    assert part_path(tmp_path / "out.sct").exists() and part_path(tmp_path / "out.sct.fits").exists()
+    _run(source, tmp_path / "out.sct", options, resume=True)
+    assert (tmp_path / "out.sct").read_bytes() == (tmp_path / "whole.sct").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.sct", "out.sct"}
+
+
+def test_what_is_overwritten_takes_its_fits_along(source: Path, tmp_path: Path) -> None:
+    _stopped(source, tmp_path / "out.sct", "calibrated", 40)
+    assert part_path(tmp_path / "out.sct.fits").exists()
+    _run(source, tmp_path / "out.sct", _options(source, "plain"), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.sct"]
