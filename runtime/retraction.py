@@ -140,7 +140,10 @@ def tangent(X: Tensor, G: Tensor) -> Tensor:
     now (Absil, Mahony and Sepulchre 2008, section 3.6.1).
     """
     product = X.mT @ G
-    return G - X @ (0.5 * (product + product.mT))
+    symmetric = 0.5 * (product + product.mT)
+    if X.ndim != 3:
+        return G - X @ symmetric
+    return torch.baddbmm(G, X, symmetric, alpha=-1.0)  # one pass over G less
 
 
 @torch.no_grad()

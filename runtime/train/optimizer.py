@@ -79,14 +79,15 @@ class SpectralAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step with the gradients that are there, all factors of one shape at once."""
+        """One step with the gradients that are there, factors of one shape together; see `by_shape`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for batch in by_shape(moving) if group["kind"] == "stiefel" else ([parameter] for parameter in moving):
+            is_stacked = group["kind"] == "stiefel"
+            for batch in by_shape(moving) if is_stacked else ([parameter] for parameter in moving):
                 self._move(batch, group)
         return loss
 
@@ -103,15 +104,14 @@ class SpectralAdam(Optimizer):
                 self._flat(parameter, group)
 
     def _stiefel(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
-        X = torch.stack([parameter.detach().float() for parameter in batch])
-        gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
-        gradient = self._tangent(X, torch.stack(gradients))
+        X = _stacked([parameter.detach().float() for parameter in batch])
+        gradient = self._tangent(X, _stacked([parameter.grad.float() for parameter in batch if parameter.grad is not None]))
         rows = X.shape[-2]
         states = [self._state(parameter) for parameter in batch]
-        first = torch.stack([get(state, "first") for state in states])
         second = torch.stack([state["second"] for state in states])
+        second = second.lerp_(gradient.square().mean(-2), 1.0 - group["betas"][1])
+        first = _stacked([get(state, "first") for state in states])
         first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
-        second = second.lerp(gradient.square().mean(-2), 1.0 - group["betas"][1])
         counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=X.device)
         one, two = (1.0 - beta**counts for beta in group["betas"])
         scale = (second / two[:, None]).sqrt_().add_(group["eps"])
@@ -149,6 +149,11 @@ class SpectralAdam(Optimizer):
         state: dict[str, Any] = self.state[parameter]
         state["count"] += 1
         return state
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """(b, ...); of one alone a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def turn_(optimizer: Optimizer, rotations: Mapping[nn.Parameter, Tensor]) -> None:
