@@ -20,6 +20,7 @@ from ..precision import products
 from ..retraction import absorb_, drift, retract, retract_, tangent
 from ..spectral import SpectralLayer
 from .data import Batch, TrainData
+from .gated import in_slices
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
 from .reversal import reversing
@@ -106,6 +107,8 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(freed_memory(kept=not options.is_lean))
         stepping = stack.enter_context(_Stepping(model, state.optimizer if options.step_in_backward else None))
+        if options.is_lean:
+            stack.enter_context(in_slices(model))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
         if options.checkpointing == "blocks":
