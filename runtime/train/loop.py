@@ -19,6 +19,7 @@ from ..memory import freed_memory
 from ..precision import products
 from ..retraction import absorb_, drift, retract, retract_, tangent
 from ..spectral import SpectralLayer
+from .attention import probabilities_kept
 from .data import Batch, TrainData
 from .gated import in_slices
 from .optimizer import SpectralAdam, turn_
@@ -105,10 +106,12 @@ def train(
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(freed_memory(kept=not options.is_lean))
+        stack.enter_context(freed_memory(kept=True))
         stepping = stack.enter_context(_Stepping(model, state.optimizer if options.step_in_backward else None))
         if options.is_lean:
             stack.enter_context(in_slices(model))
+        if options.checkpointing != "none":
+            stack.enter_context(probabilities_kept())
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
         if options.checkpointing == "blocks":
