@@ -104,7 +104,7 @@ class SpectralAdam(Optimizer):
                 self._flat(parameter, group)
 
     def _stiefel(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
-        X = _stacked([parameter.detach().float() for parameter in batch])
+        X = _stacked([parameter.detach() for parameter in batch])
         gradient = self._tangent(X, _stacked([parameter.grad.float() for parameter in batch if parameter.grad is not None]))
         rows = X.shape[-2]
         states = [self._state(parameter) for parameter in batch]
@@ -116,7 +116,7 @@ class SpectralAdam(Optimizer):
         one, two = (1.0 - beta**counts for beta in group["betas"])
         scale = (second / two[:, None]).sqrt_().add_(group["eps"])
         by = group["rate"] / (rows**0.5 * one[:, None] * scale)
-        X = torch.addcmul(X, first, by[:, None, :], value=-1.0)
+        X = torch.addcmul(X.float(), first, by[:, None, :], value=-1.0)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
             self._put(parameter, X[place], state)
