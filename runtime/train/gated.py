@@ -126,7 +126,7 @@ class _Slices(torch.autograd.Function):
         assert z is not None
         h = torch.zeros(z.shape[:-1].numel(), V.shape[1], device=z.device)
         for rows in _slices(z, V):
-            g, u = (_wide(*half, rows) for half in _pairs(halves))
+            g, u = (_wide(half, rows) for half in _pairs(halves))
             h += (activation(g) * u).to(z.dtype) @ V[rows].to(z.dtype)
         return h.to(z.dtype).view(*z.shape[:-1], -1)
 
@@ -138,7 +138,7 @@ class _Slices(torch.autograd.Function):
         dh = gradients[0].reshape(-1, V.shape[1]).to(z.dtype)
         wanted = _Gradients(V, halves, ctx.needs_input_grad[2:])
         for rows in _slices(z, V):
-            wide = [_wide(*half, rows).requires_grad_() for half in _pairs(halves)]
+            wide = [_wide(half, rows).requires_grad_() for half in _pairs(halves)]
             with torch.enable_grad():
                 a = ctx.activation(wide[0]) * wide[1]
             da = dh @ V[rows].to(z.dtype).T
@@ -154,7 +154,9 @@ class _Gradients:
         self._halves = halves
         self._V = torch.empty_like(V) if needed[0] else None
         self._rest = [
-            (torch.zeros_like(like, dtype=torch.float32) if place % 3 == 0 else torch.empty_like(like)) if need else None
+            (torch.zeros_like(like, dtype=torch.float32) if place % 3 == 0 else torch.empty_like(like))
+            if need
+            else None
             for place, (like, need) in enumerate(zip(halves, needed[1:], strict=True))
         ]
 
@@ -170,7 +172,9 @@ class _Gradients:
                 db[rows] = back.sum(0)
 
     def all(self) -> list[Tensor | None]:
-        narrow = [one if one is None else one.to(like.dtype) for one, like in zip(self._rest, self._halves, strict=True)]
+        narrow = [
+            one if one is None else one.to(like.dtype) for one, like in zip(self._rest, self._halves, strict=True)
+        ]
         return [self._V, *narrow]
 
 
@@ -185,7 +189,8 @@ def _slices(z: Tensor, V: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(V), rows)]
 
 
-def _wide(z: Tensor, U: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+def _wide(half: tuple[Tensor, Tensor, Tensor | None], rows: slice) -> Tensor:
     """(tokens, rows) of z U^T + b, in z's dtype."""
+    z, U, bias = half
     part = None if bias is None else bias[rows].to(z.dtype)
     return F.linear(z.reshape(-1, z.shape[-1]), U[rows].to(z.dtype), part)

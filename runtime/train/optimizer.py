@@ -105,7 +105,9 @@ class SpectralAdam(Optimizer):
 
     def _stiefel(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
         X = _stacked([parameter.detach() for parameter in batch])
-        gradient = self._tangent(X, _stacked([parameter.grad.float() for parameter in batch if parameter.grad is not None]))
+        gradient = self._tangent(
+            X, _stacked([parameter.grad.float() for parameter in batch if parameter.grad is not None])
+        )
         rows = X.shape[-2]
         states = [self._state(parameter) for parameter in batch]
         second = torch.stack([state["second"] for state in states])
