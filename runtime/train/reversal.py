@@ -36,7 +36,8 @@ def reversing(model: Any) -> Iterator[None]:
     blocks = model_blocks(model)
     if not blocks:
         raise TrainError("--checkpointing factors: the model has no list of blocks; use --checkpointing blocks")
-    stream = _Stream()
+    ranks = [module.rank for module in model.modules() if isinstance(module, SpectralLinear)]
+    stream = _Stream(len(blocks), max(ranks, default=0))
     for place, block in enumerate(blocks):
         block.forward = _Block(block, stream, place).forward
     try:
@@ -63,9 +64,34 @@ def is_reversible(model: Any) -> bool:
 
 
 class _Stream:
-    """The hidden states that the backward pass has come to."""
+    """The hidden states that the backward pass has come to, and room for what the forward pass keeps.
 
-    state: Tensor | None = None
+    The room is one piece: kept one by one, small tensors would lie in the holes that a block's large ones leave, which the
+    next block's then do not fit.
+
+    Args:
+        blocks: of the model; rank: largest of their layers.
+    """
+
+    def __init__(self, blocks: int, rank: int) -> None:
+        self.state: Tensor | None = None
+        self._most = 2 * blocks * rank
+        self._room, self._used = torch.empty(0), 0
+
+    def keep(self, between: list[Tensor], *, first: bool) -> list[Tensor]:
+        """The same in the room, which is a new one where a forward pass begins."""
+        if first:
+            tokens = between[0].shape[:-1].numel()
+            self._room, self._used = (
+                torch.empty(self._most * tokens, dtype=between[0].dtype, device=between[0].device),
+                0,
+            )
+        kept = []
+        for h in between:
+            place = self._room.data[self._used : self._used + h.numel()].view(h.shape)
+            kept.append(place.copy_(h))
+            self._used += h.numel()
+        return kept
 
 
 class _Block:
@@ -206,7 +232,7 @@ class _Reversal(torch.autograd.Function):
             y, between = block.traced(x, args, kwargs)
         ctx.block, ctx.args, ctx.kwargs = block, args, kwargs
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        ctx.save_for_backward(*between)
+        ctx.save_for_backward(*block.stream.keep(between, first=block.place == 0))
         block.stream.state = y
         return y.detach()
 
