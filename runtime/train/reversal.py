@@ -18,10 +18,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..memory import release_free
 from ..spectral import SpectralLinear
 from .gated import Gated
 from .options import TrainError
 
+_RELEASED: Final = 8
+"""Blocks after which the holes between what is held go back to the system: they add up over many blocks."""
 _NEAR: Final = 1e-4
 """Largest distance of a recovered input, over the input's largest entry, at which a block counts as such a sum."""
 
@@ -111,6 +114,11 @@ class _Block:
             x = x.detach().requires_grad_()
         result: Tensor = _Reversal.apply(x, self, args, kwargs)
         return result
+
+    def release(self) -> None:
+        """After every few blocks."""
+        if self.place % _RELEASED == _RELEASED - 1:
+            release_free()
 
     def traced(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """The block's output, and what is between the factors of the layers that it ends in."""
@@ -234,6 +242,7 @@ class _Reversal(torch.autograd.Function):
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         ctx.save_for_backward(*block.stream.keep(between, first=block.place == 0))
         block.stream.state = y
+        block.release()
         return y.detach()
 
     @staticmethod
@@ -247,4 +256,5 @@ class _Reversal(torch.autograd.Function):
             leaf = x.detach().requires_grad_()
             y = block.again(leaf, list(zip(ctx.saved_tensors, terms, strict=True)), ctx.args, ctx.kwargs)
         torch.autograd.backward(y, gradients[0])
+        block.release()
         return leaf.grad, None, None, None
