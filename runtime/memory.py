@@ -43,27 +43,23 @@ def release_free() -> None:
 
 
 @contextlib.contextmanager
-def freed_memory(*, kept: bool) -> Iterator[None]:
-    """Within, memory that was freed stays with the process for what is allocated next, or goes back to the system at once.
+def freed_memory_kept() -> Iterator[None]:
+    """Within, memory that was freed stays with the process for what is allocated next.
 
-    glibc's own way is neither: it keeps blocks of up to 32 MiB wherever they lie and maps larger ones anew each time. Where
-    steps allocate the same activations again and again, faulting their pages in is a fifth of the time if they go
-    (`python -m tests.benchmarks.training`), and half of a lean step's memory is holes if they stay. Nothing where the C
-    library has no such call.
+    glibc's own way is neither this nor the opposite: it keeps blocks of up to 32 MiB wherever they lie and maps larger ones
+    anew each time. Where steps allocate the same activations again and again, faulting their pages in is a fifth of the time
+    if they go (`python -m tests.benchmarks.training`), and over half of it in a lean step of large factors. Nothing where
+    the C library has no such call.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         yield
         return
-    if kept:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        mallopt(_M_TOP_PAD, 64 << 20)
-    else:
-        release_free()
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+    release_free()
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    mallopt(_M_TOP_PAD, 64 << 20)
     try:
         yield
     finally:

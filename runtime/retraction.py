@@ -151,13 +151,16 @@ def polar_direction(M: Tensor) -> Tensor:
 
 
 def tangent(X: Tensor, G: Tensor) -> Tensor:
-    """The part of G along the manifold at X: `G - X sym(X^T G)`, both (..., m, k).
+    """The part of G along the manifold at X: `G - X sym(X^T G)`, both (..., m, k), in G's dtype with products in X's.
 
     For the Euclidean gradient G this is the Riemannian one; for a momentum of earlier steps, its projection to where X is
     now (Absil, Mahony and Sepulchre 2008, section 3.6.1).
     """
-    product = X.mT @ G
-    return G - X @ (0.5 * (product + product.mT))
+    product = X.mT @ G.to(X.dtype)
+    symmetric = 0.5 * (product + product.mT)
+    if X.dtype == G.dtype and X.ndim == 3:
+        return torch.baddbmm(G, X, symmetric, alpha=-1.0)  # one pass over G less
+    return G - X @ symmetric
 
 
 @torch.no_grad()

@@ -80,8 +80,19 @@ class SpectralLinear(SpectralLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), in x's dtype."""
-        h = x @ self.V
-        return F.linear(h * self.s.to(h.dtype), self.U, self.bias)
+        return self.widened(self.narrowed(x))
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """`x V` (..., k): all that y depends on."""
+        return x @ self.V
+
+    def widened(self, h: Tensor) -> Tensor:
+        """y of `x V`."""
+        return F.linear(self.scaled(h), self.U, self.bias)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """`h * s`, in h's dtype."""
+        return h * self.s.to(h.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"

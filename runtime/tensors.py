@@ -36,6 +36,9 @@ TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
 }
 """On-disk name -> torch dtype."""
 
+TOGETHER: Final = 1 << 20
+"""Entries that are stacked at most: many small tensors at a time, large ones one by one, while a cache holds them."""
+
 _BITS: Final = {
     torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
     torch.float8_e4m3fn: (torch.int8, np.dtype(ml_dtypes.float8_e4m3fn)),
@@ -74,8 +77,14 @@ def to_torch(array: np.ndarray) -> Tensor:
 
 
 def by_shape(tensors: Iterable[_T]) -> list[list[_T]]:
-    """Tensors that can be stacked stand together: of one shape, dtype and device; in the order of the first of each."""
-    groups: dict[tuple[object, ...], list[_T]] = {}
+    """Tensors that can be stacked stand together: of one shape, dtype and device; in the order of the first of each.
+
+    At most `TOGETHER` entries in a group of more than one.
+    """
+    groups: dict[tuple[object, ...], list[list[_T]]] = {}
     for tensor in tensors:
-        groups.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
-    return list(groups.values())
+        alike = groups.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), [[]])
+        if alike[-1] and (len(alike[-1]) + 1) * tensor.numel() > TOGETHER:
+            alike.append([])
+        alike[-1].append(tensor)
+    return [group for alike in groups.values() for group in alike]

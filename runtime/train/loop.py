@@ -15,18 +15,20 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ..head import Halves
-from ..memory import freed_memory
+from ..memory import freed_memory_kept
 from ..precision import products
 from ..retraction import absorb_, drift, polar_direction, retract, retract_, tangent
 from ..spectral import SpectralLayer
+from .attention import probabilities_kept
 from .data import Batch, TrainData
+from .gated import in_slices
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
 from .reversal import reversing
 from .teacher import Teacher, divergence
 
-LOGITS_BYTES: Final = 32 << 20
-"""Logits that are held in float32 at once."""
+_LOGITS_BYTES: Final = 32 << 20
+_LEAN_LOGITS_BYTES: Final = 16 << 20
 
 
 @dataclass
@@ -107,8 +109,9 @@ def train(
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(freed_memory(kept=not options.is_lean))
+        stack.enter_context(freed_memory_kept())
         stepping = stack.enter_context(_Stepping(model, state.optimizer if options.step_in_backward else None))
+        stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
         if options.checkpointing == "blocks":
@@ -155,6 +158,22 @@ def train(
             state.is_whole = True
     model.eval()
     return state
+
+
+@contextlib.contextmanager
+def lean(model: Any, options: TrainOptions) -> Iterator[None]:
+    """Within, a model's passes take the ways that need little memory, where the options ask for that."""
+    with contextlib.ExitStack() as stack:
+        if options.is_lean:
+            stack.enter_context(in_slices(model))
+        if options.checkpointing != "none":
+            stack.enter_context(probabilities_kept())
+        yield
+
+
+def logits_bytes(options: TrainOptions) -> int:
+    """Logits that are held in float32 at once."""
+    return _LEAN_LOGITS_BYTES if options.is_lean else _LOGITS_BYTES
 
 
 class _Stepping:
@@ -283,7 +302,7 @@ class _Objective:
             raise TrainError(
                 f"the teacher has a vocabulary of {teacher.vocabulary}, the model one of {vocabulary}; they must be the same"
             )
-        self._rows = max(1, LOGITS_BYTES // (4 * vocabulary))
+        self._rows = max(1, logits_bytes(options) // (4 * vocabulary))
 
     def descend(self, batch: Batch, scale: float) -> float:
         """Adds the gradients of `scale` times the loss, summed over learned tokens; returns that.

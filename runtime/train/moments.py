@@ -16,6 +16,8 @@ MOMENTA: Final = ("float32", "bfloat16", "int8")
 """Names of `--momentum`."""
 
 _ROWS: Final = 256
+_NOISE: Final = 1 << 16
+"""Draws of one rounding."""
 
 
 def begin_(state: dict[str, Any], name: str, like: Tensor, kind: str) -> None:
@@ -32,10 +34,10 @@ def put_(state: dict[str, Any], name: str, value: Tensor) -> None:
         state[name].copy_(value)
         return
     blocks = _blocks(value)
-    scales = blocks.abs().amax(1, keepdim=True) / 127.0
-    codes = (blocks / torch.where(scales == 0.0, 1.0, scales)).round_()
+    scales = blocks.abs().amax(1) / 127.0
+    codes = (blocks / torch.where(scales == 0.0, 1.0, scales).unsqueeze(1)).round_()
     state[name].copy_(codes.flatten(0, 1)[: len(value)].reshape(value.shape))
-    state[f"{name}_scale"].copy_(scales.squeeze(1))
+    state[f"{name}_scale"].copy_(scales)
 
 
 def get(state: dict[str, Any], name: str) -> Tensor:
@@ -43,23 +45,30 @@ def get(state: dict[str, Any], name: str) -> Tensor:
     value: Tensor = state[name]
     if value.dtype != torch.int8:
         return value.float()
-    blocks = _blocks(value.float()) * state[f"{name}_scale"].unsqueeze(1)
+    blocks = _blocks(value.float()).mul_(state[f"{name}_scale"].unsqueeze(1))
     return blocks.flatten(0, 1)[: len(value)].reshape(value.shape)
 
 
 def _blocks(value: Tensor) -> Tensor:
-    """(m,) or (m, k) -> (blocks, 256, k), zeros at the end."""
+    """(m,) or (m, k) -> (blocks, 256, k), zeros at the end; on the same memory where none are wanted."""
     flat = value.reshape(len(value), -1)
     count = -(-len(flat) // _ROWS)
-    padded = torch.nn.functional.pad(flat, (0, 0, 0, count * _ROWS - len(flat)))
-    return padded.reshape(count, _ROWS, -1)
+    if missing := count * _ROWS - len(flat):
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, missing))
+    return flat.reshape(count, _ROWS, -1)
 
 
 def rounded(value: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bfloat16, up or down at random so that the mean is the value: steps smaller than half a unit are not lost.
 
-    (Stochastic rounding; Zamirai et al., arXiv 2010.06192.)
+    (Stochastic rounding; Zamirai et al., arXiv 2010.06192.) Entries that are a multiple of `_NOISE` apart share what is
+    added to them: drawing it for each would take as long as the rest of a step.
     """
-    noise = torch.randint(0, 1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
-    bits = (value.contiguous().view(torch.int32) + noise) & -65536
-    return bits.view(torch.float32).to(torch.bfloat16)
+    bits = value.contiguous().view(torch.int32).flatten()
+    count = min(len(bits), _NOISE)
+    noise = torch.randint(0, 1 << 16, (count,), generator=generator, device=value.device, dtype=torch.int32)
+    whole = len(bits) - len(bits) % count if count else 0
+    up = torch.empty_like(bits)
+    torch.add(bits[:whole].view(-1, max(1, count)), noise, out=up[:whole].view(-1, max(1, count)))
+    torch.add(bits[whole:], noise[: len(bits) - whole], out=up[whole:])
+    return up.bitwise_and_(-65536).view(torch.float32).view(value.shape).to(torch.bfloat16)

@@ -83,14 +83,15 @@ class SpectralAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step with the gradients that are there, all factors of one shape at once."""
+        """One step with the gradients that are there, factors of one shape together; see `by_shape`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for batch in by_shape(moving) if group["kind"] == "stiefel" else ([parameter] for parameter in moving):
+            is_stacked = group["kind"] == "stiefel"
+            for batch in by_shape(moving) if is_stacked else ([parameter] for parameter in moving):
                 self._move(batch, group)
         return loss
 
@@ -107,16 +108,17 @@ class SpectralAdam(Optimizer):
                 self._flat(parameter, group)
 
     def _stiefel(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
-        X = torch.stack([parameter.detach().float() for parameter in batch])
+        X = _stacked([parameter.detach() for parameter in batch])
         gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
-        gradient = self._tangent(X, torch.stack(gradients))
+        gradient = self._tangent(X, _stacked(gradients))
         states = [self._state(parameter) for parameter in batch]
-        first = torch.stack([get(state, "first") for state in states])
+        first = _stacked([get(state, "first") for state in states])
         first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
         if self._polar is not None:
-            X = X.sub_(self._polar(first), alpha=group["rate"])
+            X = X.float() - group["rate"] * self._polar(first)
         else:
-            X = torch.addcmul(X, first, self._by_column(gradient, states, group)[:, None, :], value=-1.0)
+            by = self._by_column(gradient, states, group)
+            X = torch.addcmul(X.float(), first, by[:, None, :], value=-1.0)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
             self._put(parameter, X[place], state)
@@ -125,7 +127,7 @@ class SpectralAdam(Optimizer):
     def _by_column(self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """What Adam multiplies each column of the momentum with (b, k), after taking the gradient (b, m, k) in."""
         second = torch.stack([state["second"] for state in states])
-        second = second.lerp(gradient.square().mean(-2), 1.0 - group["betas"][1])
+        second = second.lerp_(gradient.square().mean(-2), 1.0 - group["betas"][1])
         for state, value in zip(states, second, strict=True):
             state["second"].copy_(value)
         counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=gradient.device)
@@ -159,6 +161,11 @@ class SpectralAdam(Optimizer):
         state: dict[str, Any] = self.state[parameter]
         state["count"] += 1
         return state
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """(b, ...); of one alone a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def turn_(optimizer: Optimizer, rotations: Mapping[nn.Parameter, Tensor]) -> None:

@@ -24,7 +24,8 @@ from ..model import load
 from ..precision import products
 from ..skeleton import build_skeleton, factor_, load_config
 from ..spectral import SpectralLayer
-from .loop import LOGITS_BYTES, ends, start
+from ..tensors import TOGETHER
+from .loop import ends, lean, logits_bytes, start
 from .options import TrainError, TrainOptions
 from .reversal import is_reversible, model_blocks
 from .run import is_fresh
@@ -72,7 +73,7 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
         "second moments": sum(_kept(optimizer, parameter, "second") for parameter, _ in trained),
         "gradients": sum(parameter.nbytes for parameter in held) + (4 * largest if at_once else 0),
         "activations": kept + block,
-        "logits": int(_LOGITS * min(LOGITS_BYTES, 4 * tokens * vocabulary)),
+        "logits": int(_LOGITS * min(logits_bytes(options), 4 * tokens * vocabulary)),
         "step": 4 * _STEP * _moving(trained, options),
     }
     return {**parts, "peak": sum(parts.values())}
@@ -155,6 +156,7 @@ def _activations(model: Any, options: TrainOptions) -> tuple[int, int]:
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         products(ids.device, bool(options.bf16)),
+        lean(model, options),
     ):
         state = model.base_model(input_ids=ids, use_cache=False)[0]
     for hook in hooks:
@@ -185,5 +187,5 @@ def _moving(trained: list[tuple[nn.Parameter, dict[str, Any]]], options: TrainOp
     for parameter, group in trained:
         is_stacked = group.get("kind") == "stiefel" and not options.step_in_backward
         key = tuple(parameter.shape) if is_stacked else id(parameter)
-        together[key] = together.get(key, 0) + parameter.numel()
+        together[key] = min(together.get(key, 0) + parameter.numel(), max(TOGETHER, parameter.numel()))
     return max(together.values())

@@ -118,8 +118,14 @@ def paper(device: torch.device, steps: int, layers: int) -> dict[str, float]:
     return {"step": whole, **dict(zip(names, parts, strict=True)), "tokens": 8.0}
 
 
-def ours(path: Path, settings: dict[str, Any], device: torch.device, steps: int) -> dict[str, float]:
-    """The same of ours; forward and backward are one, as with the levers they are interleaved."""
+def measured(source: Path | nn.Module, settings: dict[str, Any], device: torch.device, steps: int) -> dict[str, float]:
+    """What `ours` finds, with the peak and the number of parameters."""
+    found = ours(source, settings, device, steps)
+    return {**found, "peak": _peak(device)}
+
+
+def ours(source: Path | nn.Module, settings: dict[str, Any], device: torch.device, steps: int) -> dict[str, float]:
+    """The same of ours, of a .sct file or a model; forward and backward are one, as with the levers they are interleaved."""
     options = TrainOptions(
         steps=steps, batch=1, micro_batch=1, context=CONTEXT, held_out=0.2, eval_every=0, clip=0.0,
         embedding_rate=1e-3, **settings,
@@ -132,7 +138,7 @@ def ours(path: Path, settings: dict[str, Any], device: torch.device, steps: int)
         text = Path(directory) / "text.txt"
         text.write_text(WIKITEXT.with_name("valid.txt").read_text(encoding="utf-8")[:8000], encoding="utf-8")
         data = load_data([str(text)], tokenizer, context=CONTEXT, held_out=0.2)
-    model = load_weights(path, options.weights, device)
+    model = source if isinstance(source, nn.Module) else load_weights(source, options.weights, device)
     marks: list[float] = []
     found: dict[str, float] = {}
 
@@ -147,7 +153,9 @@ def ours(path: Path, settings: dict[str, Any], device: torch.device, steps: int)
     looking._look = lambda *_: 0.0  # type: ignore[attr-defined]
     train(model, data, options, on_step=done)
     step = marks[-1] - marks[-2]
-    return {"step": step, "forward + backward": step - found["optimiser"], **found, "tokens": float(CONTEXT)}
+    both = step - found.get("optimiser", 0.0)
+    counts = {"tokens": CONTEXT, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return {"step": step, "forward + backward": both, **found, **{name: float(n) for name, n in counts.items()}}
 
 
 def _timed(owner: Any, name: str, clock: Callable[[], float], spent: dict[str, float], part: str) -> None:
