@@ -100,7 +100,8 @@ def _parts(module: nn.Module) -> tuple[SpectralLinear, SpectralLinear, SpectralL
 
 
 def _is_pointwise(activation: Any) -> bool:
-    return isinstance(activation, _POINTWISE) or type(activation).__module__ == "transformers.activations"
+    is_known = isinstance(activation, _POINTWISE) or type(activation).__module__ == "transformers.activations"
+    return is_known and next(activation.parameters(), None) is None  # xIELU learns
 
 
 def _forward(gate: SpectralLinear, up: SpectralLinear, down: SpectralLinear, activation: Activation) -> Any:
