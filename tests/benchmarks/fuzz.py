@@ -32,6 +32,7 @@ MOST_SECONDS: Final = 1.0
 WEIGHTS: Final = {"text of the index": 2, "values of the index": 3}
 TRACED: Final = 53  # one in so many, and every one of over `LARGE` bytes
 LARGE: Final = 100_000
+RENEWED: Final = 1000  # after so many the limit counts from what the process has then
 
 
 class Hang(Exception):  # noqa: N818 (an event, not an error of the reader)
@@ -106,7 +107,7 @@ def limit_memory(more: int) -> str:
         return "not limited here"
     limit = pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    return f"limited to {more >> 20} MiB more than at the start"
+    return f"limited to {more >> 20} MiB more"
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
@@ -131,6 +132,8 @@ def main() -> None:
         tally.outcomes.clear()  # that one was no mutant: it loads what the first one needs
         print(f"Python {platform.python_version()}, seed {options.seed}; memory {limit_memory(MOST_BYTES)}", flush=True)
         for number in range(options.mutations):
+            if number % RENEWED == 0:
+                limit_memory(MOST_BYTES)  # of a process whose heap has holes by now
             kind = rng.choice(kinds)
             data = KINDS[kind](rng, rng.choice(bases))
             passed = tally.run(path, kind, data)
