@@ -68,7 +68,8 @@ class ConvertReport:
         parameters, dense_parameters: entries of all tensors, after and before.
         seconds: wall time.
         peak_rss_bytes: largest resident memory of the process, None where unknown.
-        quality: of a calibrated conversion, what the held-out windows say; see `Calibrated.facts`.
+        quality: of a calibrated conversion, what the file's metadata say of it, the held-out windows among it; see
+            `Calibrated.facts`.
         memory_limit_bytes: what a calibrated conversion was to keep to.
         report: the page of pictures that was written beside the file, if any.
     """
