@@ -56,6 +56,12 @@ class Halves:
         return logits
 
 
+def ends(model: Any) -> list[nn.Module]:
+    """Input embedding and head."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in modules if module is not None]
+
+
 class _Given(nn.Module):
     """Stands in for a backbone."""
 

@@ -7,28 +7,25 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..head import Halves
+from ..head import ends
 from ..memory import freed_memory_kept
-from ..precision import products
 from ..retraction import absorb_, drift, polar_direction, retract, retract_, tangent
 from ..spectral import SpectralLayer
 from .attention import probabilities_kept
-from .data import Batch, TrainData
+from .data import TrainData
 from .gated import in_slices
+from .objective import Objective
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
 from .reversal import reversing
-from .teacher import Teacher, divergence
-
-_LOGITS_BYTES: Final = 32 << 20
-_LEAN_LOGITS_BYTES: Final = 16 << 20
+from .stepping import Stepping
+from .teacher import Teacher
 
 
 @dataclass
@@ -105,12 +102,12 @@ def train(
     """
     device = next(model.parameters()).device
     options = options.resolved(device)
-    objective = _Objective(model, options, teacher)
+    objective = Objective(model, options, teacher)
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     with contextlib.ExitStack() as stack:
         stack.enter_context(freed_memory_kept())
-        stepping = stack.enter_context(_Stepping(model, state.optimizer if options.step_in_backward else None))
+        stepping = stack.enter_context(Stepping(model, state.optimizer if options.step_in_backward else None))
         stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
@@ -169,60 +166,6 @@ def lean(model: Any, options: TrainOptions) -> Iterator[None]:
         if options.checkpointing != "none":
             stack.enter_context(probabilities_kept())
         yield
-
-
-def logits_bytes(options: TrainOptions) -> int:
-    """Logits that are held in float32 at once."""
-    return _LEAN_LOGITS_BYTES if options.is_lean else _LOGITS_BYTES
-
-
-class _Stepping:
-    """Steps in the backward pass: moves each parameter the moment its gradient is whole, and lets the gradient go.
-
-    Embeddings and head are left to `optimizer.step()`: their gradients come in parts.
-
-    Attributes:
-        on: whether this pass completes the gradients.
-    """
-
-    def __init__(self, model: Any, optimizer: Optimizer | None) -> None:
-        self.on, self._squares = False, 0.0
-        self._hooks: list[Any] = []
-        if not isinstance(optimizer, SpectralAdam):
-            return
-        at_ends = {id(parameter) for module in ends(model) for parameter in module.parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in at_ends:
-                    hook = self._hook(optimizer)
-                    self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
-
-    def _hook(self, optimizer: SpectralAdam) -> Callable[[nn.Parameter], None]:
-        def move(parameter: nn.Parameter) -> None:
-            if self.on and parameter.grad is not None:
-                self._squares += float(parameter.grad.square().sum())
-                optimizer.step_one(parameter)
-                parameter.grad = None
-
-        return move
-
-    def norm(self) -> float:
-        """Of all gradients that went since this was last asked."""
-        squares, self._squares = self._squares, 0.0
-        return math.sqrt(squares) if squares >= 0.0 else math.nan
-
-    def __enter__(self) -> _Stepping:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-
-def ends(model: Any) -> list[nn.Module]:
-    """Input embedding and head."""
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [module for module in modules if module is not None]
 
 
 def _come_back_(model: nn.Module, options: TrainOptions, state: TrainState, *, final: bool) -> None:
@@ -291,71 +234,10 @@ def _kinds(model: nn.Module, options: TrainOptions) -> Iterator[tuple[nn.Paramet
             yield parameter, kind, (rate if wanted else None) or 0.0
 
 
-class _Objective:
-    """What a step minimises, logits a few rows at a time."""
-
-    def __init__(self, model: Any, options: TrainOptions, teacher: Teacher | None) -> None:
-        self._halves, self._options = Halves(model), options
-        self._teacher = teacher if options.teacher_weight else None
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        if teacher is not None and teacher.vocabulary != vocabulary:
-            raise TrainError(
-                f"the teacher has a vocabulary of {teacher.vocabulary}, the model one of {vocabulary}; they must be the same"
-            )
-        self._rows = max(1, logits_bytes(options) // (4 * vocabulary))
-
-    def descend(self, batch: Batch, scale: float) -> float:
-        """Adds the gradients of `scale` times the loss, summed over learned tokens; returns that.
-
-        Each part of the logits goes back as far as the hidden states at once and is let go, so that neither logits nor
-        their gradient are ever whole, and nothing is computed twice.
-        """
-        lesson = self._teacher.lesson(batch) if self._teacher is not None else None
-        hidden, targets = self._predicted(batch), batch.targets
-        rows = hidden.detach().requires_grad_()
-        total = 0.0
-        for start in range(0, len(targets), self._rows):
-            part = slice(start, start + self._rows)
-            with products(hidden.device, bool(self._options.bf16)):
-                logits = self._halves.head(rows[part])
-            loss = scale * self._mixed(logits.float(), targets[part], lesson(part) if lesson else None)
-            loss.backward()
-            total += float(loss.detach())
-        if math.isfinite(total) and rows.grad is not None and hidden.requires_grad:
-            hidden.backward(rows.grad)
-        return total
-
-    @torch.no_grad()
-    def cross_entropy(self, batch: Batch) -> float:
-        """Summed over learned tokens."""
-        hidden, targets = self._predicted(batch), batch.targets
-        total = 0.0
-        for rows, row in zip(hidden.split(self._rows), targets.split(self._rows), strict=True):
-            with products(hidden.device, bool(self._options.bf16)):
-                logits = self._halves.head(rows)
-            total += float(F.cross_entropy(logits.float(), row, reduction="sum"))
-        return total
-
-    def _predicted(self, batch: Batch) -> Tensor:
-        """Hidden states (learned tokens, width) float32."""
-        with products(batch.windows.device, bool(self._options.bf16)):
-            hidden = self._halves.hidden(batch.windows, batch.positions)
-        return hidden[:, :-1][batch.predicted].float()
-
-    def _mixed(self, logits: Tensor, targets: Tensor, taught: Any) -> Tensor:
-        weight = self._options.teacher_weight if taught is not None else 0.0
-        loss = logits.new_zeros(())
-        if weight < 1.0:
-            loss = loss + (1.0 - weight) * F.cross_entropy(logits, targets, reduction="sum")
-        if weight > 0.0:
-            loss = loss + weight * divergence(logits, taught, self._options.temperature)
-        return loss
-
-
 @torch.no_grad()
 def _look(
     model: nn.Module,
-    objective: _Objective,
+    objective: Objective,
     data: TrainData,
     options: TrainOptions,
     state: TrainState,

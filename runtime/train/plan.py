@@ -19,13 +19,15 @@ from torch.optim import Optimizer
 
 from sctconv.formats.reader import SctFile
 
+from ..head import ends
 from ..memory import rss_bytes
 from ..model import load
 from ..precision import products
 from ..skeleton import build_skeleton, factor_, load_config
 from ..spectral import SpectralLayer
 from ..tensors import TOGETHER
-from .loop import ends, lean, logits_bytes, start
+from .loop import lean, start
+from .objective import logits_bytes
 from .options import TrainError, TrainOptions
 from .reversal import is_reversible, model_blocks
 from .run import is_fresh

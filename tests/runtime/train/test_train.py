@@ -80,7 +80,7 @@ def test_without_retraction_it_leaves_the_manifold_and_comes_back_at_the_end(opt
 def test_one_loss_however_the_logits_are_split(factored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
     for size in (1 << 30, 260 * 4 * 7):  # all rows at once, seven at a time
-        monkeypatch.setattr("sctconv.runtime.train.loop._LOGITS_BYTES", size)
+        monkeypatch.setattr("sctconv.runtime.train.objective._LOGITS_BYTES", size)
         model, data = sctconv.load(factored).model, windows(factored)
         trained.append(train(model, data, quick(steps=3, embedding_rate=1e-3)))
     for one, other in zip(trained[0].history, trained[1].history, strict=True):
