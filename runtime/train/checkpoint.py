@@ -79,6 +79,7 @@ def save_checkpoint(
         "best": state.best,
         "best_step": state.best_step,
         "looks": state.looks,
+        "norm": state.norm,
     }
     _write(model, source, path, {"training": training}, state, overwrite=True)
 
@@ -127,6 +128,7 @@ def restore(
             count = {"step": torch.tensor(float(training["step"]))} if is_adamw else {"count": training["step"]}
             state.optimizer.state[parameter] = {**moments, **count}
         kept = {name: training[name] for name in ("step", "best", "best_step", "looks")}
+        kept["norm"] = training.get("norm")  # of no use to files that were written without it
         return replace(state, **kept)
 
 

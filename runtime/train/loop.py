@@ -18,7 +18,7 @@ from ..memory import freed_memory_kept
 from ..retraction import absorb_, drift, polar_direction, retract, retract_, tangent
 from ..spectral import SpectralLayer
 from .attention import probabilities_kept
-from .data import TrainData
+from .data import Batch, TrainData
 from .gated import in_slices
 from .objective import Objective
 from .optimizer import SpectralAdam, turn_
@@ -60,6 +60,7 @@ class TrainState:
         optimizer: with its moments.
         best: least held-out loss so far; best_step: after how many steps.
         looks: looks at the held-out windows since then.
+        norm: of the last step's gradients, by which `step_in_backward` clips the next.
         is_whole: whether the weights are those after `step` steps and all that belongs to a step was done, the look and
             `on_step` included; while a step moves them it is not.
     """
@@ -69,6 +70,7 @@ class TrainState:
     best: float = math.inf
     best_step: int = 0
     looks: int = 0
+    norm: float | None = None
     is_whole: bool = True
     history: list[Progress] = field(default_factory=list)
 
@@ -107,7 +109,9 @@ def train(
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     with contextlib.ExitStack() as stack:
         stack.enter_context(freed_memory_kept())
-        stepping = stack.enter_context(Stepping(model, state.optimizer if options.step_in_backward else None))
+        stepping = stack.enter_context(
+            Stepping(model, state.optimizer if options.step_in_backward else None, options.clip)
+        )
         stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
@@ -123,15 +127,18 @@ def train(
                 group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
             state.optimizer.zero_grad()
             batch = data.batch(state.step, options.batch, options.seed).to(device)
-            scale = 1.0 / max(1, int(batch.predicted.sum()))
-            parts, total = list(batch.split(options.micro_batch)), 0.0
-            for place, part in enumerate(parts):
-                stepping.on = place == len(parts) - 1
-                state.is_whole = not (stepping.on and options.step_in_backward)
-                total += objective.descend(part, scale)
-                if not math.isfinite(total):
-                    break
-            norm = math.hypot(stepping.norm(), nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
+            if options.step_in_backward and options.clip and state.norm is None:
+                with stepping.measuring():
+                    _descend(objective, batch, options, stepping, state)
+                state.norm = stepping.finish(parameters)
+                state.optimizer.zero_grad()
+            stepping.before = state.norm
+            total = _descend(objective, batch, options, stepping, state)
+            if options.step_in_backward:
+                norm = stepping.finish(parameters)
+            else:
+                norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
+            state.norm = norm
             if not math.isfinite(total) or not math.isfinite(norm):
                 what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
                 raise TrainError(
@@ -166,6 +173,19 @@ def lean(model: Any, options: TrainOptions) -> Iterator[None]:
         if options.checkpointing != "none":
             stack.enter_context(probabilities_kept())
         yield
+
+
+def _descend(objective: Objective, batch: Batch, options: TrainOptions, stepping: Stepping, state: TrainState) -> float:
+    """Adds the gradients of a step, a micro-batch at a time; returns its loss."""
+    scale, total = 1.0 / max(1, int(batch.predicted.sum())), 0.0
+    parts = list(batch.split(options.micro_batch))
+    for place, part in enumerate(parts):
+        stepping.on = place == len(parts) - 1
+        state.is_whole = not (stepping.on and options.step_in_backward)
+        total += objective.descend(part, scale)
+        if not math.isfinite(total):
+            break
+    return total
 
 
 def _come_back_(model: nn.Module, options: TrainOptions, state: TrainState, *, final: bool) -> None:

@@ -19,7 +19,7 @@ RETRACTIONS: Final = (*METHODS, "absorb", "none")
 SCHEDULES: Final = ("cosine", "wsd", "constant")
 OPTIMIZERS: Final = ("spectral", "adamw")
 PARTS: Final = ("all", "factors", "norms")
-LEVERS: Final = ("checkpointing", "micro_batch", "step_in_backward", "clip", "momentum", "weights")
+LEVERS: Final = ("checkpointing", "micro_batch", "step_in_backward", "momentum", "weights")
 """Options that cost time or precision and save memory."""
 CHECKPOINTINGS: Final = ("none", "blocks", "factors")
 
@@ -75,7 +75,8 @@ class TrainOptions:
         norm_rate, embedding_rate: of vectors and of embeddings with the head; 0 freezes them. Factored ones move as all
             factors do.
         weight_decay: of s.
-        clip: largest norm of the gradient of all parameters; 0 for none.
+        clip: largest norm of the gradient of all parameters, 0 for none. A model that is being tuned has norms far above 1, so
+            that steps weigh alike in the moments: without it the first of them, the steepest, would rule for a hundred steps.
         schedule: `cosine`, `wsd` (constant, the last fifth falling to nothing) or `constant`, after the warm-up.
         warm_up: share of the steps in which rates rise from nothing.
         retraction: `qr`, `householder`, `polar`; `absorb`, which leaves the layer's function as the step made it; or `none`
@@ -87,7 +88,8 @@ class TrainOptions:
             between being computed again; `factors`, of each block only what the last layers of its attention and MLP give
             between their factors, from which its input follows too (see `runtime.train.reversal`).
         step_in_backward: whether each parameter moves the moment its gradient is whole, and the gradient goes: none but that
-            of the head is ever kept. They are never together, so `clip` must be 0. With `spectral` only.
+            of the head is ever kept. They are never together, so `clip` goes by their norm in the step before, which for
+            the first step is found by a pass of its own. With `spectral` only.
         momentum: what first moments of matrices are kept in: `float32`, `bfloat16` or `int8`. With `spectral` only.
         weights: what matrices are kept in: `float32`, or `bfloat16` rounded at random after each step.
         teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.
@@ -163,11 +165,6 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise TrainError(f"--{name} {value}: choose one of {', '.join(allowed)}")
-        if self.step_in_backward and self.clip:
-            raise TrainError(
-                f"--step-in-backward: gradients are never together, so that their norm cannot be clipped to {self.clip:g}; "
-                "pass --clip 0"
-            )
         if self.weights == "bfloat16" and self.bf16 is False:
             raise TrainError("--weights bfloat16: their products are bfloat16 too; leave out --no-bf16")
         own = {"direction": None, "step_in_backward": False, "momentum": "float32", "weights": "float32"}

@@ -108,7 +108,7 @@ def _levers(path: str | os.PathLike[str], options: TrainOptions) -> Iterator[lis
         yield [{"checkpointing": "factors" if is_reversible(load(path).model) else "blocks"}]
     cut: list[dict[str, Any]] = [{"micro_batch": 1}]
     if options.optimizer == "spectral":
-        cut.append({"micro_batch": options.batch, "step_in_backward": True, "clip": 0.0})
+        cut.append({"micro_batch": options.batch, "step_in_backward": True})
     yield cut
     if options.optimizer == "spectral":
         yield [{"momentum": "bfloat16"}]

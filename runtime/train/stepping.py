@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,12 +20,24 @@ class Stepping:
 
     Embeddings and head are left to `optimizer.step()`: their gradients come in parts.
 
+    A gradient that is clipped to the norm of all needs that norm before the first of them goes, when it is not known. So it
+    is the norm of the step before by which each is scaled; and by its own, where that alone is longer than what all may be.
+    (LOMO, Lv et al., arXiv 2306.09782, takes a backward pass for the norm and one more for the step.)
+
+    Args:
+        model: a causal language model.
+        optimizer: its optimiser; None, or any but `SpectralAdam`, for nothing to move here.
+        clip: norm to which gradients are clipped, 0 for none.
+
     Attributes:
         on: whether this pass completes the gradients.
+        before: norm of the gradients of the step before; None where there was none yet.
     """
 
-    def __init__(self, model: Any, optimizer: Optimizer | None) -> None:
-        self.on, self._squares = False, 0.0
+    def __init__(self, model: Any, optimizer: Optimizer | None, clip: float = 0.0) -> None:
+        self.on = False
+        self.before: float | None = None
+        self._clip, self._squares, self._measures = clip, 0.0, False
         self._hooks: list[Any] = []
         if not isinstance(optimizer, SpectralAdam):
             return
@@ -37,16 +51,36 @@ class Stepping:
     def _hook(self, optimizer: SpectralAdam) -> Callable[[nn.Parameter], None]:
         def move(parameter: nn.Parameter) -> None:
             if self.on and parameter.grad is not None:
-                self._squares += float(parameter.grad.square().sum())
-                optimizer.step_one(parameter)
+                self._squares += self._clipped_(parameter) ** 2
+                if not self._measures:
+                    optimizer.step_one(parameter)
                 parameter.grad = None
 
         return move
 
-    def norm(self) -> float:
-        """Of all gradients that went since this was last asked."""
-        squares, self._squares = self._squares, 0.0
-        return math.sqrt(squares) if squares >= 0.0 else math.nan
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within, gradients go and nothing moves."""
+        self._measures = True
+        try:
+            yield
+        finally:
+            self._measures = False
+
+    def finish(self, parameters: list[nn.Parameter]) -> float:
+        """Norm of all gradients of a step; those that are still there are clipped as those that are gone were."""
+        left = [self._clipped_(parameter) for parameter in parameters if parameter.grad is not None]
+        self.before = found = math.sqrt(self._squares + sum(norm**2 for norm in left))
+        self._squares = 0.0
+        return found
+
+    def _clipped_(self, parameter: nn.Parameter) -> float:
+        """Clips one gradient; returns its norm as it was."""
+        assert parameter.grad is not None
+        norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        if self._clip and not self._measures and (longest := max(norm, self.before or 0.0)) > self._clip:
+            parameter.grad.mul_(self._clip / longest)
+        return norm
 
     def __enter__(self) -> Stepping:
         return self

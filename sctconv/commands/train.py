@@ -75,7 +75,7 @@ from .common import DTYPE, Size, print_json, progress_bar, size
     show_default=True,
     help="Compute activations again in the backward pass, from each block's input, or from what is between its factors.",
 )
-@click.option("--step-in-backward", is_flag=True, help="Move each parameter as its gradient comes; needs --clip 0.")
+@click.option("--step-in-backward", is_flag=True, help="Move each parameter as its gradient comes, and keep none.")
 @click.option(
     "--momentum",
     type=click.Choice(["float32", "bfloat16", "int8"]),

@@ -127,7 +127,7 @@ def measured(source: Path | nn.Module, settings: dict[str, Any], device: torch.d
 def ours(source: Path | nn.Module, settings: dict[str, Any], device: torch.device, steps: int) -> dict[str, float]:
     """The same of ours, of a .sct file or a model; forward and backward are one, as with the levers they are interleaved."""
     options = TrainOptions(
-        steps=steps, batch=1, micro_batch=1, context=CONTEXT, held_out=0.2, eval_every=0, clip=0.0,
+        steps=steps, batch=1, micro_batch=1, context=CONTEXT, held_out=0.2, eval_every=0,
         embedding_rate=1e-3, **settings,
     )  # fmt: skip
     clock, spent = _clock(device), {"optimiser": 0.0, "retraction": 0.0}

@@ -32,7 +32,7 @@ FACTS = {"data": "ab", "teacher": None}
         {},
         {"optimizer": "adamw"},
         {"momentum": "int8"},
-        {"weights": "bfloat16", "bf16": True, "checkpointing": "factors", "step_in_backward": True, "clip": 0.0},
+        {"weights": "bfloat16", "bf16": True, "checkpointing": "factors", "step_in_backward": True},
     ],
     ids=str,
 )

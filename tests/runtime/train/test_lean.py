@@ -13,10 +13,11 @@ from torch import nn
 import sctconv
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.retraction import drift
-from sctconv.runtime.train import TrainError, load_weights, train
+from sctconv.runtime.train import TrainError, load_weights, start, train
 from sctconv.runtime.train.moments import MOMENTA, begin_, get, put_, rounded
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.runtime.train.reversal import reversing
+from sctconv.runtime.train.stepping import Stepping
 from tests.models import save, tiny_model, tiny_tokenizer
 from tests.training import TEXT, quick, windows
 
@@ -43,7 +44,7 @@ LOSSY: dict[str, dict[str, Any]] = {
 
 def _run(factored: Path, **changes: Any) -> tuple[Any, Any]:
     model, data = load_weights(factored, changes.get("weights", "float32")), windows(factored)
-    return model, train(model, data, quick(steps=20, clip=0.0, embedding_rate=1e-3, **changes))
+    return model, train(model, data, quick(**{"steps": 20, "clip": 0.0, "embedding_rate": 1e-3, **changes}))
 
 
 @pytest.mark.parametrize("lever", sorted(LOSSLESS))
@@ -68,6 +69,35 @@ def test_a_lossy_lever_comes_as_far(lever: str, factored: Path) -> None:
     begin, end = plain.history[0].loss, plain.best
     assert lean[1].best < end + 0.05 * (begin - end), (begin, end, lean[1].best)
     assert drift(lean[0]) < (5e-3 if "weights" in LOSSY[lever] else 1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_clipping_in_the_backward_pass_goes_by_the_step_before(parts: int, factored: Path) -> None:
+    changes = {"clip": 0.05, "micro_batch": 2 // parts, "angle": 1e-3}
+    plain, lean = _run(factored, **changes), _run(factored, **changes, step_in_backward=True)
+    norms = [step.gradient for step in plain[1].history]
+    assert min(norms) > 0.05, "all are clipped"
+    losses = [[step.loss for step in state.history] for _, state in (plain, lean)]
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6), "the first step's own norm is known"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    unclipped = [step.loss for step in _run(factored, **{**changes, "clip": 0.0})[1].history]
+    assert abs(losses[1][-1] - losses[0][-1]) < 0.2 * abs(unclipped[-1] - losses[0][-1])
+
+
+def test_a_gradient_longer_than_all_may_be_is_cut_in_its_own_step(factored: Path) -> None:
+    model = load_weights(factored, "float32")
+    options = quick(step_in_backward=True, clip=1.0)
+    optimizer = start(model, options).optimizer
+    moved: list[float] = []
+    assert isinstance(optimizer, SpectralAdam)
+    optimizer.step_one = lambda parameter: moved.append(float(parameter.grad.norm()))  # type: ignore[method-assign, union-attr]
+    layer = model.model.layers[0].mlp.up_proj
+    with Stepping(model, optimizer, 1.0) as stepping:
+        stepping.on, stepping.before = True, 4.0
+        (0.25 * layer.V.sum() / layer.V.numel() ** 0.5).backward()
+        (100.0 * layer.V.sum() / layer.V.numel() ** 0.5).backward()
+        assert moved == pytest.approx([0.25 / 4.0, 1.0])
+        assert stepping.finish([]) == pytest.approx(math.hypot(0.25, 100.0)) and layer.V.grad is None
 
 
 def test_factors_alone_are_kept_between_the_passes(factored: Path) -> None:
@@ -141,7 +171,6 @@ def test_a_step_smaller_than_bfloat16_can_say_is_not_lost() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"step_in_backward": True}, "--step-in-backward: .* pass --clip 0"),
         ({"momentum": "int8", "optimizer": "adamw"}, "--momentum: needs --optimizer spectral"),
         ({"weights": "bfloat16", "optimizer": "adamw", "bf16": True}, "--weights: needs --optimizer spectral"),
         ({"momentum": "float64"}, "--momentum float64: choose one of float32, bfloat16, int8"),
