@@ -117,7 +117,14 @@ def _divided(X: Tensor, L: Tensor) -> Tensor:
 
 def _gram(X: Tensor) -> Tensor:
     """X^T X (b, k, k), float64."""
-    return (X.mT @ X).double()
+    return _inner(X, X).double()
+
+
+def _inner(X: Tensor, Y: Tensor) -> Tensor:
+    """X^T Y (..., k, k). A batch of one goes as two matrices: torch copies both where it is bfloat16 on a processor."""
+    if X.ndim == 3 and len(X) == 1:
+        return (X[0].mT @ Y[0]).unsqueeze(0)
+    return X.mT @ Y
 
 
 def _distance(G: Tensor) -> Tensor:
@@ -156,7 +163,7 @@ def tangent(X: Tensor, G: Tensor) -> Tensor:
     For the Euclidean gradient G this is the Riemannian one; for a momentum of earlier steps, its projection to where X is
     now (Absil, Mahony and Sepulchre 2008, section 3.6.1).
     """
-    product = X.mT @ G.to(X.dtype)
+    product = _inner(X, G.to(X.dtype))
     symmetric = 0.5 * (product + product.mT)
     if X.dtype == G.dtype and X.ndim == 3:
         return torch.baddbmm(G, X, symmetric, alpha=-1.0)  # one pass over G less
