@@ -144,11 +144,17 @@ class SpectralAdam(Optimizer):
             gradient = gradient * value
         first = get(state, "first").lerp_(gradient, 1.0 - group["betas"][0])
         put_(state, "first", first)
-        state["second"].lerp_(gradient.square(), 1.0 - group["betas"][1])
+        state["second"].mul_(group["betas"][1]).addcmul_(gradient, gradient, value=1.0 - group["betas"][1])
         one, two = (1.0 - beta ** state["count"] for beta in group["betas"])
-        step = group["rate"] * (first / one) / (state["second"] / two).sqrt().add_(group["eps"])
-        decayed = step + group["rate"] * group["weight_decay"]
-        self._put(parameter, value * torch.exp(-decayed) if is_singular else value - step, state)
+        step = (
+            (state["second"] / two).sqrt_().add_(group["eps"])
+        )  # the one copy: an embedding is the largest tensor there is
+        torch.div(first, step, out=step).mul_(group["rate"] / one)
+        if is_singular:
+            value = value * torch.exp(-step.add_(group["rate"] * group["weight_decay"]))
+        else:
+            value = torch.sub(value, step, out=step)
+        self._put(parameter, value, state)
 
     def _put(self, parameter: nn.Parameter, value: Tensor, state: dict[str, Any]) -> None:
         if parameter.dtype == torch.bfloat16:

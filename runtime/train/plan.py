@@ -34,8 +34,10 @@ from .run import is_fresh
 
 _LOGITS: Final = 4.5
 """Logits in float32 at once: themselves, in bfloat16, their logarithms, the gradient of both."""
-_STEP: Final = 5
-"""Copies of what moves together that an optimiser's step holds: stacked, its gradient, momentum, and products of those."""
+_STACKED: Final = 5
+"""Copies of factors that move together that an optimiser's step holds: stacked, gradient, momentum, and products of those."""
+_ALONE: Final = 2
+"""The same of a parameter that moves entry by entry."""
 
 
 def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.device | str = "cpu") -> dict[str, int]:
@@ -76,7 +78,7 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
         "gradients": sum(parameter.nbytes for parameter in held) + (4 * largest if at_once else 0),
         "activations": kept + block,
         "logits": int(_LOGITS * min(logits_bytes(options), 4 * tokens * vocabulary)),
-        "step": 4 * _STEP * _moving(trained, options),
+        "step": 4 * _step(trained, options),
     }
     return {**parts, "peak": sum(parts.values())}
 
@@ -183,11 +185,15 @@ def _kept(optimizer: Optimizer, parameter: nn.Parameter, *names: str) -> int:
     return sum(state[name].nbytes for name in names if name in state) if state else 4 * parameter.numel()
 
 
-def _moving(trained: list[tuple[nn.Parameter, dict[str, Any]]], options: TrainOptions) -> int:
-    """Parameters that move together, at most."""
-    together: dict[Any, int] = {}
+def _step(trained: list[tuple[nn.Parameter, dict[str, Any]]], options: TrainOptions) -> int:
+    """Entries that an optimiser's step holds beside the parameters, at most."""
+    stacked: dict[torch.Size, int] = {}
+    most = 0
     for parameter, group in trained:
-        is_stacked = group.get("kind") == "stiefel" and not options.step_in_backward
-        key = tuple(parameter.shape) if is_stacked else id(parameter)
-        together[key] = min(together.get(key, 0) + parameter.numel(), max(TOGETHER, parameter.numel()))
-    return max(together.values())
+        if group.get("kind") != "stiefel":
+            most = max(most, _ALONE * parameter.numel())
+            continue
+        before = 0 if options.step_in_backward else stacked.get(parameter.shape, 0)
+        stacked[parameter.shape] = min(before + parameter.numel(), max(TOGETHER, parameter.numel()))
+        most = max(most, _STACKED * stacked[parameter.shape])
+    return most

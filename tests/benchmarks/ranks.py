@@ -5,7 +5,7 @@
 The shape of SmolLM2-1.7B (24 layers, 2048/8192, vocabulary 49,152, tied), MLP layers factored as in the paper
 (arXiv 2604.00733, section 4), begun from nothing by `sctconv init`, trained on 1 x 256 tokens of WikiText-2. All rows hold
 weights and moments in float32 and multiply in the precision that the processor is fastest in. `dense` is AdamW on dense
-matrices, `ours` the default of `sctconv train`, `lean` the same with the levers that lose nothing. Each row is a process of
+matrices, `ours` the default of `sctconv train`, `lean` the same with blocks computed again and steps in the backward pass. Each row is a process of
 its own: `peak` is what the operating system says of it, seconds are of its last step. A row that the machine has no memory
 for is given as what its weights, gradients and moments alone take.
 """
@@ -35,7 +35,7 @@ LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 2048, 8192, 49_152
 ROWS: dict[str, dict[str, Any]] = {
     "dense": {"optimizer": "adamw"},
     "ours": {},
-    "lean": {"checkpointing": "factors", "step_in_backward": True},
+    "lean": {"checkpointing": "blocks", "step_in_backward": True},
 }
 
 
