@@ -81,7 +81,10 @@ def progress_bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[float,
     ) as bar:
 
         def update(done: float, total: float, doing: str) -> None:
+            share = done / total if total else 0.0
+            if share < bar.n:  # something else begins, and its time with it
+                bar.reset()
             bar.set_postfix_str(doing, refresh=False)
-            bar.update(done / total - bar.n if total else 0.0)
+            bar.update(share - bar.n)
 
         yield update

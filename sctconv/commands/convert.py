@@ -103,6 +103,8 @@ def convert(
 
     if data_free and calibration:
         raise OptionError("--data-free and --calibration exclude each other; give one of them")
+    if dry_run and resume:
+        raise OptionError("--dry-run tells of a whole conversion, not of what --resume would still do; leave one out")
     options = ConvertOptions(
         calibration=() if data_free else calibration or (_DEFAULT_CALIBRATION,),
         calibration_tokens=calibration_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -29,30 +29,11 @@ from .calibrated import Calibrated
 from .fit import DenseFit, Fit
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan
+from .progress import Progress, Work
 from .resume import digest
-
-Progress = Callable[[float, float, str], None]
-"""Called with the work done, the whole work (in one arbitrary unit) and the name of what is being worked on."""
 
 _FLOPS_PER_BYTE: Final = 200.0
 """Copying a byte counts as much as this many floating operations of an SVD; only the estimate of time depends on it."""
-
-
-@dataclass
-class _Work:
-    """Progress in floating operations, so that the estimate of time follows the large matrices."""
-
-    total: float
-    progress: Progress | None
-    done: float = 0.0
-
-    def start(self, what: str) -> None:
-        if self.progress:
-            self.progress(self.done, self.total, what)
-
-    def finish(self, cost: float, what: str) -> None:
-        self.done += cost
-        self.start(what)
 
 
 @dataclass
@@ -78,7 +59,7 @@ class Conversion:
     def write(self, progress: Progress | None, journal_seconds: float) -> None:
         """Writes the tensors that are not there yet, and keeps what is done every so often."""
         tensors, kept = self.model.tensors, time.monotonic()
-        work = _Work(sum(self._cost(name) for name in tensors if not self._is_written(name)), progress)
+        work = Work(sum(self._cost(name) for name in tensors if not self._is_written(name)), progress)
         if self.calibrated:  # it reports itself, and copying counts for nothing beside it
             work.progress = None
         for name, info in tensors.items():

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,12 @@ from sctconv.sources.model import usable_device
 from sctconv.sources.weights import DenseModel
 
 from .calibrated import Calibrated, read_texts
-from .conversion import Conversion, Progress
+from .conversion import Conversion
 from .fit_store import FitStore
 from .forecast import Forecast, forecast
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
+from .progress import Progress, of_one
 from .resume import JOURNAL_SECONDS, check_same, check_stopped, fingerprint, fits_path, go_on_with
 
 
@@ -124,7 +124,7 @@ def convert(
         model = DenseModel(source)
         plan = make_plan(model, options, must_shrink=must_shrink)
         texts = read_texts(model, options) if options.calibration else None
-        key = fingerprint(model, options, texts)
+        key = fingerprint(model, options, texts, progress=progress)
         calibrated = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(noted(lambda: go_on_with(path)))
@@ -134,7 +134,7 @@ def convert(
             if texts is not None and not out.is_complete:
                 kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
                 calibrated = Calibrated(
-                    model, plan, options, texts, stack.enter_context(kept), progress=_of_one(progress)
+                    model, plan, options, texts, stack.enter_context(kept), progress=of_one(progress)
                 )
                 plan = calibrated.plan
             else:  # of a run that was stopped when all but the last step was done, or of another that is overwritten
@@ -186,13 +186,8 @@ def plan_conversion(
             unfinished(lambda: remove_tree(Path(directory))),
             FitStore(Path(directory) / "plan", {}) as kept,
         ):
-            plan = Calibrated(model, plan, options, texts, kept, progress=_of_one(progress)).plan
+            plan = Calibrated(model, plan, options, texts, kept, progress=of_one(progress)).plan
     return plan, forecast(model, plan, options)
-
-
-def _of_one(progress: Progress | None) -> Callable[[float, str], None] | None:
-    """For those who know only the share of the work that is done."""
-    return None if progress is None else lambda share, what: progress(share, 1.0, what)
 
 
 def default_output(source: Source, options: ConvertOptions) -> Path:

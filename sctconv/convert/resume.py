@@ -20,6 +20,7 @@ from sctconv.sources.weights import DenseModel
 
 from .calibration import Calibration
 from .options import ConvertOptions
+from .progress import Progress
 
 JOURNAL_SECONDS: Final = 10.0
 """How often a conversion keeps what it has done; an entry costs a fraction of a second."""
@@ -49,14 +50,21 @@ def go_on_with(path: Path) -> str | None:
     return f"what is done is kept beside {path}; go on with --resume"
 
 
-def fingerprint(model: DenseModel, options: ConvertOptions, texts: Calibration | None) -> dict[str, Any]:
+def fingerprint(
+    model: DenseModel, options: ConvertOptions, texts: Calibration | None, *, progress: Progress | None = None
+) -> dict[str, Any]:
     """What decides the bytes of a conversion, each by the name that a message may give it.
 
     A shard counts by its content, and one from the Hub by its commit. Not counted: where memory ends and how many threads
     there are.
     """
     source = model.source
-    shards = {info.shard for info in source.tensors.values()}
+    shards = sorted({info.shard for info in source.tensors.values()})
+    marks: dict[str, str] = {}
+    for place, shard in enumerate(shards):
+        if progress:  # a checkpoint of 140 GB is read for minutes
+            progress(place, len(shards), f"checksum of {shard.name}")
+        marks[shard.name] = source.fingerprint(shard)
     given = {key: value for key, value in asdict(options).items() if key not in ("calibration", "max_memory")}
     return {
         "sctconv": sctconv.__version__,
@@ -66,7 +74,7 @@ def fingerprint(model: DenseModel, options: ConvertOptions, texts: Calibration |
         "calibration text": None
         if texts is None
         else _digest(texts.fit.numpy().tobytes(), texts.held_out.numpy().tobytes()),
-        **{shard.name: source.fingerprint(shard) for shard in sorted(shards)},
+        **marks,
         **{name: _digest(data) for name, data in sorted(source.files.items())},
     }
 

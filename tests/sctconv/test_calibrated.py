@@ -278,6 +278,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "output error" in result.stdout and "held-out calibration tokens: perplexity" in result.stdout
     both = CliRunner().invoke(main, [*args, "--calibration", str(tmp_path / "text.txt"), "--data-free", "--overwrite"])
     assert both.exit_code == 2 and "exclude each other" in both.stderr
+    again = CliRunner().invoke(main, [*args, "--data-free", "--dry-run", "--resume"])
+    assert again.exit_code == 2 and "leave one out" in again.stderr
     small = CliRunner().invoke(main, [*args, "--calibration", "x.txt", "--max-memory", "8 Gib", "--overwrite"])
     assert small.exit_code == 2 and "'8 Gib'" in small.stderr and "8GiB" in small.stderr
 

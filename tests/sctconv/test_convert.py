@@ -214,15 +214,15 @@ def test_the_error_in_the_report_is_that_of_what_is_stored(source: Path) -> None
 
 
 def test_progress_is_monotone_and_ends_at_the_whole(source: Path) -> None:
-    seen: list[tuple[float, float]] = []
-    convert(
-        str(source),
-        source.parent / "o.sct",
-        ConvertOptions(rank=4),
-        progress=lambda done, total, what: seen.append((done, total)),
-    )
-    done = [item[0] for item in seen]
-    assert done == sorted(done) and done[-1] == pytest.approx(seen[-1][1])
+    seen: list[tuple[float, float, str]] = []
+    options = ConvertOptions(rank=4)
+    convert(str(source), source.parent / "o.sct", options, progress=lambda *words: seen.append(words))
+    sums = [place for place, (_, _, what) in enumerate(seen) if what.startswith("checksum of ")]
+    assert sums == list(range(len(list(source.glob("*.safetensors"))))), "first, shard by shard"
+    for part in (seen[: len(sums)], seen[len(sums) :]):
+        done = [item[0] for item in part]
+        assert done == sorted(done) and len({total for _, total, _ in part}) == 1
+    assert done[-1] == pytest.approx(seen[-1][1])
 
 
 def _poison(source: Path, name: str, value: float) -> None:
