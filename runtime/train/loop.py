@@ -85,7 +85,7 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     on_best: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
-    """Trains a model in place, float32 weights.
+    """Trains a model in place; its matrices are in what `options.weights` says, see `load_weights`.
 
     Args:
         model: a causal language model of transformers with spectral layers.
@@ -100,10 +100,15 @@ def train(
         The state after the last step; U and V are on the manifold.
 
     Raises:
-        TrainError: a loss that is not finite, or a teacher with another vocabulary.
+        TrainError: a loss that is not finite, a teacher with another vocabulary, or weights that are not what the options say.
     """
     device = next(model.parameters()).device
     options = options.resolved(device)
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters() if parameter.ndim > 1}
+    if ("bfloat16" in kinds) != (options.weights == "bfloat16"):
+        raise TrainError(
+            f"--weights {options.weights}: the model's matrices are {', '.join(sorted(kinds))}; load it with load_weights"
+        )
     objective = Objective(model, options, teacher)
     state = state or start(model, options)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]

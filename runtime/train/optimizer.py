@@ -114,14 +114,17 @@ class SpectralAdam(Optimizer):
         states = [self._state(parameter) for parameter in batch]
         first = _stacked([get(state, "first") for state in states])
         first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
+        by = None
         if self._polar is not None:
             X = X.float() - group["rate"] * self._polar(first)
         else:
-            by = self._by_column(gradient, states, group)
-            X = torch.addcmul(X.float(), first, by[:, None, :], value=-1.0)
+            by = self._by_column(gradient, states, group)[:, None, :]
+            X = torch.addcmul(X.float(), first, by, value=-1.0)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
-            self._put(parameter, X[place], state)
+            lost = self._put(parameter, X[place], state)
+            if lost is not None and by is not None:
+                _owe_(first[place], lost, by[place], group["betas"][0])
             put_(state, "first", first[place])
 
     def _by_column(self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
@@ -142,8 +145,11 @@ class SpectralAdam(Optimizer):
         gradient, value = parameter.grad.float(), parameter.float()
         if is_singular:
             gradient = gradient * value
-        first = get(state, "first").lerp_(gradient, 1.0 - group["betas"][0])
-        put_(state, "first", first)
+        is_relative = state["first"].dtype == torch.int8
+        first = get(state, "first")
+        if is_relative:
+            first.mul_(state["second"].sqrt().add_(group["eps"]))
+        first.lerp_(gradient, 1.0 - group["betas"][0])
         state["second"].mul_(group["betas"][1]).addcmul_(gradient, gradient, value=1.0 - group["betas"][1])
         one, two = (1.0 - beta ** state["count"] for beta in group["betas"])
         step = (
@@ -154,19 +160,39 @@ class SpectralAdam(Optimizer):
             value = value * torch.exp(-step.add_(group["rate"] * group["weight_decay"]))
         else:
             value = torch.sub(value, step, out=step)
-        self._put(parameter, value, state)
+        lost = self._put(parameter, value, state)
+        if lost is not None:
+            by = group["rate"] / (one * (state["second"] / two).sqrt_().add_(group["eps"]))
+            _owe_(first, lost, by, group["betas"][0])
+        if is_relative:
+            # 8 bits hold what is like the largest of a block: entries of small gradients, which step as far as others, do so here
+            first = first / state["second"].sqrt().add_(group["eps"])
+        put_(state, "first", first)
 
-    def _put(self, parameter: nn.Parameter, value: Tensor, state: dict[str, Any]) -> None:
-        if parameter.dtype == torch.bfloat16:
-            generator = torch.Generator(parameter.device)
-            generator.manual_seed((self._seed * _PRIME + state["count"]) * _PRIME + self._places[parameter][1])
-            value = rounded(value, generator)
-        parameter.copy_(value)
+    def _put(self, parameter: nn.Parameter, value: Tensor, state: dict[str, Any]) -> Tensor | None:
+        """Gives a parameter a value float32; returns what of it was lost, None where nothing was."""
+        if parameter.dtype != torch.bfloat16:
+            parameter.copy_(value)
+            return None
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed((self._seed * _PRIME + state["count"]) * _PRIME + self._places[parameter][1])
+        parameter.copy_(rounded(value, generator))
+        return value - parameter
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         state["count"] += 1
         return state
+
+
+def _owe_(first: Tensor, lost: Tensor, by: Tensor, beta: float) -> None:
+    """Puts what rounding took from a parameter into its momentum, float32, so that coming steps give it back.
+
+    A step is `by * first`, and what is in a momentum stays there by `beta`: of `(1 / beta - 1) lost / by` all of `lost` arrives,
+    a tenth of what is still missing a step. So roundings do not add up over a run. (Without master weights, as ECO,
+    Nikdan et al., arXiv 2601.22101, has it.)
+    """
+    first.sub_(lost.mul_(1.0 / beta - 1.0).div_(by.clamp_min(torch.finfo(by.dtype).tiny)))
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import sctconv
 from sctconv.convert import ConvertOptions, convert
 from sctconv.runtime.evaluate import perplexity
-from sctconv.runtime.train import ModelTeacher, Progress, TrainOptions, TrainState, load_data, train
+from sctconv.runtime.train import ModelTeacher, Progress, TrainOptions, TrainState, load_data, load_weights, train
 from sctconv.sources import open_source
 from sctconv.sources.model import load_dense
 from tests.benchmarks.measure import header
@@ -113,7 +113,7 @@ def _row(name: str, start: Path, steps: int, settings: dict[str, Any], taught: b
     options = TrainOptions(
         steps=steps, batch=4, micro_batch=4, context=256, held_out=0.02, eval_every=max(1, steps // 4), **settings
     )  # fmt: skip
-    model, tokenizer = sctconv.load(start, dtype=torch.float32)
+    model, tokenizer = load_weights(start, options.weights), sctconv.load(start).tokenizer
     teacher = ModelTeacher(load_dense(open_source(str(real_gguf()))).model) if taught else None
     data = load_data([str(_VALID)], tokenizer, context=options.context, held_out=options.held_out)
     ids = [tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids[:8192] for path in (WIKITEXT, _TALES)]
@@ -130,7 +130,7 @@ def _row(name: str, start: Path, steps: int, settings: dict[str, Any], taught: b
     began = time.perf_counter()
     train(model, data, options, teacher=teacher, on_step=step, on_best=best)
     seconds = (time.perf_counter() - began) / steps
-    figures = "".join(f"{perplexity(model, some).perplexity:>12.5g}" for some in ids)
+    figures = "".join(f"{perplexity(model.float(), some).perplexity:>12.5g}" for some in ids)
     print(f"{name:32}{steps:>6}{figures}{seconds:>10.2f}", flush=True)
     worst = max(looks[1:], default=math.nan)
     print(f"{'':32}held-out nats: start {looks[0]:.4f}, worst {worst:.4f}, last {looks[-1]:.4f}", flush=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 import sctconv
 from sctconv.convert import ConvertOptions, convert
-from sctconv.runtime.retraction import drift
+from sctconv.runtime.retraction import drift, retract, tangent
 from sctconv.runtime.train import TrainError, load_weights, start, train
 from sctconv.runtime.train.moments import MOMENTA, begin_, get, put_, rounded
 from sctconv.runtime.train.optimizer import SpectralAdam
@@ -166,6 +166,52 @@ def test_a_step_smaller_than_bfloat16_can_say_is_not_lost() -> None:
         moved.append(parameter.detach().float())
     assert float(moved[0].mean()) == pytest.approx(1.0 - 20 * 1e-4, abs=3e-4)
     assert torch.equal(*moved), "the same command gives the same bytes"
+
+
+@pytest.mark.parametrize("kind", ["plain", "stiefel"])
+@pytest.mark.parametrize("momentum", ["float32", "int8"])
+def test_what_rounding_takes_is_given_back(kind: str, momentum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far from where float32 would be after the same gradients: a few roundings, not the sum of all of them."""
+
+    def after(dtype: torch.dtype) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        X = torch.linalg.qr(torch.randn(2048, 4, generator=generator))[0].contiguous()
+        parameter = nn.Parameter(X.to(dtype))
+        group = {"params": [parameter], "kind": kind, "rate": {"plain": 2e-5, "stiefel": 1e-3}[kind]}
+        optimizer = SpectralAdam([group], tangent=tangent, retract=retract, momentum=momentum)
+        for _ in range(400):
+            parameter.grad = torch.randn(X.shape, generator=generator).to(dtype)
+            optimizer.step()
+        return parameter.detach().float()
+
+    exact = after(torch.float32)
+    distance = float((after(torch.bfloat16) - exact).norm())
+    monkeypatch.setattr("sctconv.runtime.train.optimizer._owe_", lambda *_: None)
+    assert distance < 0.5 * float((after(torch.bfloat16) - exact).norm())
+
+
+def test_weights_that_are_not_what_the_options_say_are_refused(factored: Path) -> None:
+    data = windows(factored)
+    for given, said in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        with pytest.raises(TrainError, match=f"--weights {said}: .* {given}; load it with load_weights"):
+            train(load_weights(factored, given), data, quick(weights=said, bf16=said == "bfloat16"))
+
+
+def test_entries_of_small_gradients_keep_a_momentum_in_8_bits() -> None:
+    """Adam steps as far for them as for the rest of their block."""
+    moved = []
+    for momentum in ("float32", "int8"):
+        parameter = nn.Parameter(torch.zeros(256, 1))
+        group = {"params": [parameter], "kind": "plain", "rate": 1e-3}
+        optimizer = SpectralAdam([group], tangent=tangent, retract=None, momentum=momentum)
+        generator = torch.Generator().manual_seed(0)
+        scales = torch.logspace(0, -6, 256)[:, None]
+        for _ in range(50):
+            parameter.grad = scales * (1.0 + torch.randn(256, 1, generator=generator))
+            optimizer.step()
+        moved.append(parameter.detach())
+    assert moved[0].max() < -0.005
+    assert (moved[1] - moved[0]).abs().max() < 0.05 * moved[0].abs().min()
 
 
 @pytest.mark.parametrize(
