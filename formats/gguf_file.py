@@ -26,6 +26,9 @@ class GgufTensors:
     Args:
         path: the file.
 
+    Attributes:
+        reader: the file as `gguf` parsed it.
+
     Raises:
         CheckpointError: not a GGUF file, cut, damaged, split over several files or with unknown quantisation.
     """
@@ -34,7 +37,7 @@ class GgufTensors:
         self.path: Final = path
         size = check_shard(path, magic=b"GGUF")
         try:
-            self._reader = _open(path)
+            self.reader = _open(path)
         except CheckpointError:
             raise
         except EOFError as error:
@@ -50,7 +53,7 @@ class GgufTensors:
             raise UnsupportedCheckpointError(
                 f"{path}: one part of a split GGUF; join them with `llama-gguf-split --merge`"
             )
-        self._items = {str(item.name): item for item in self._reader.tensors}
+        self._items = {str(item.name): item for item in self.reader.tensors}
         self.tensors: Final = {name: self._info(item) for name, item in self._items.items()}
 
     def _info(self, item: Any) -> TensorInfo:
@@ -64,7 +67,7 @@ class GgufTensors:
         Raises:
             CorruptShardError: it is no text where the file says that it is.
         """
-        field = self._reader.get_field(key)
+        field = self.reader.get_field(key)
         try:
             return None if field is None else field.contents()
         except ValueError as error:

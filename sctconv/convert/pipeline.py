@@ -176,9 +176,11 @@ def plan_conversion(
     Raises:
         As `convert`, but for the output.
     """
+    began = time.perf_counter()
     usable_device(options.device)
     model = DenseModel(open_source(source, low_disk=low_disk) if isinstance(source, str) else source)
     plan = make_plan(model, options)
+    opening = time.perf_counter() - began  # of which a conversion is spared nothing
     if options.allocate == "measured":
         texts = read_texts(model, options)
         with (
@@ -187,7 +189,8 @@ def plan_conversion(
             FitStore(Path(directory) / "plan", {}) as kept,
         ):
             plan = Calibrated(model, plan, options, texts, kept, progress=of_one(progress)).plan
-    return plan, forecast(model, plan, options)
+    found = forecast(model, plan, options)
+    return plan, replace(found, seconds=found.seconds + opening)
 
 
 def default_output(source: Source, options: ConvertOptions) -> Path:

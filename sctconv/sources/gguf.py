@@ -7,6 +7,7 @@ result is what `from_pretrained(gguf_file=...)` gives. What is ours is that it g
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -85,19 +86,20 @@ def open_gguf(path: Path, label: str) -> Source:
 class _NamedGguf:
     """GGUF tensors under the model's own names, in the model's own order of rows."""
 
-    def __init__(self, gguf: GgufTensors, config: Any) -> None:
-        self._gguf = gguf
-        self._processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=config.to_dict())
+    def __init__(self, tensors: GgufTensors, config: Any) -> None:
+        self._gguf = tensors
+        self._processor = TENSOR_PROCESSORS.get(tensors.architecture, TensorProcessor)(config=config.to_dict())
         # llama.cpp keeps norms and biases in F32 beside narrow matrices; a model computes in one dtype
-        kinds = {info.dtype for info in gguf.tensors.values() if len(info.shape) > 1 and info.dtype in FLOATS}
+        kinds = {info.dtype for info in tensors.tensors.values() if len(info.shape) > 1 and info.dtype in FLOATS}
         self._dtype = kinds.pop() if len(kinds) == 1 else "F32"
-        names = get_gguf_hf_weights_map(build_skeleton(config, str(gguf.path)), self._processor)
+        with _parsed_once(tensors):
+            names = get_gguf_hf_weights_map(build_skeleton(config, str(tensors.path)), self._processor)
         self._gguf_names: dict[str, str] = {}
         self.tensors: Final[dict[str, TensorInfo]] = {}
-        for gguf_name, info in gguf.tensors.items():
+        for gguf_name, info in tensors.tensors.items():
             name = "lm_head.weight" if gguf_name == "output.weight" else names.get(gguf_name, gguf_name)
             if name in self._gguf_names:
-                raise CorruptShardError(f"{gguf.path}: {gguf_name} and {self._gguf_names[name]} are both {name}")
+                raise CorruptShardError(f"{tensors.path}: {gguf_name} and {self._gguf_names[name]} are both {name}")
             self._gguf_names[name] = gguf_name
             self.tensors[name] = self._processed(gguf_name, info)
 
@@ -129,10 +131,33 @@ class _NamedGguf:
         yield np.ascontiguousarray(values, dtype).reshape(-1)
 
 
+@contextlib.contextmanager
+def _parsed_once(tensors: GgufTensors) -> Iterator[None]:
+    """Within, transformers is given the file as it was parsed, and gguf makes its table of names once.
+
+    It would parse the file for the configuration, and again for the tokenizer, and make the table for each module of the
+    model: of SmolLM2-135M, half of the ten seconds that opening takes.
+    """
+    import gguf
+
+    instead = {
+        "GGUFReader": lambda *_: tensors.reader,
+        "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map),
+    }
+    usual = {name: getattr(gguf, name) for name in instead}
+    for name, stand_in in instead.items():
+        setattr(gguf, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, own in usual.items():
+            setattr(gguf, name, own)
+
+
 def _small_files(path: Path, tensors: GgufTensors) -> dict[str, bytes]:
     """config.json, generation_config.json and the tokenizer, as transformers recovers them from the metadata."""
     try:
-        with _alone(path) as directory:
+        with _alone(path) as directory, _parsed_once(tensors):
             named: Any = {"gguf_file": path.name, "trust_remote_code": False}
             config = transformers.AutoConfig.from_pretrained(directory, **named)
             if not config.architectures:
