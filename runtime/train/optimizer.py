@@ -141,33 +141,23 @@ class SpectralAdam(Optimizer):
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         is_singular = group["kind"] == "singular"
-        state = self._state(parameter)
+        state, rate, eps = self._state(parameter), group["rate"], group["eps"]
         gradient, value = parameter.grad.float(), parameter.float()
         if is_singular:
             gradient = gradient * value
-        is_relative = state["first"].dtype == torch.int8
-        first = get(state, "first")
-        if is_relative:
-            first.mul_(state["second"].sqrt().add_(group["eps"]))
-        first.lerp_(gradient, 1.0 - group["betas"][0])
+        first = _recalled(state, eps).lerp_(gradient, 1.0 - group["betas"][0])
         state["second"].mul_(group["betas"][1]).addcmul_(gradient, gradient, value=1.0 - group["betas"][1])
         one, two = (1.0 - beta ** state["count"] for beta in group["betas"])
-        step = (
-            (state["second"] / two).sqrt_().add_(group["eps"])
-        )  # the one copy: an embedding is the largest tensor there is
-        torch.div(first, step, out=step).mul_(group["rate"] / one)
+        # the one copy that is made: an embedding is the largest tensor there is
+        by = (state["second"] / two).sqrt_().add_(eps).reciprocal_().mul_(rate / one)
         if is_singular:
-            value = value * torch.exp(-step.add_(group["rate"] * group["weight_decay"]))
+            value = value * torch.exp(-(by * first + rate * group["weight_decay"]))
         else:
-            value = torch.sub(value, step, out=step)
+            value.addcmul_(first, by, value=-1.0)
         lost = self._put(parameter, value, state)
         if lost is not None:
-            by = group["rate"] / (one * (state["second"] / two).sqrt_().add_(group["eps"]))
             _owe_(first, lost, by, group["betas"][0])
-        if is_relative:
-            # 8 bits hold what is like the largest of a block: entries of small gradients, which step as far as others, do so here
-            first = first / state["second"].sqrt().add_(group["eps"])
-        put_(state, "first", first)
+        _remember(state, first, eps)
 
     def _put(self, parameter: nn.Parameter, value: Tensor, state: dict[str, Any]) -> Tensor | None:
         """Gives a parameter a value float32; returns what of it was lost, None where nothing was."""
@@ -185,6 +175,22 @@ class SpectralAdam(Optimizer):
         return state
 
 
+def _recalled(state: dict[str, Any], eps: float) -> Tensor:
+    """The momentum of what moves entry by entry, float32; see `_remember`."""
+    first = get(state, "first")
+    return first.mul_(state["second"].sqrt().add_(eps)) if state["first"].dtype == torch.int8 else first
+
+
+def _remember(state: dict[str, Any], first: Tensor, eps: float) -> None:
+    """Keeps it; in 8 bits as the step that it makes, over the root of the second moment.
+
+    8 bits hold what is like the largest of a block. Gradients of a dense matrix differ by thousands from entry to entry, and
+    Adam steps as far for the small ones.
+    """
+    is_relative = state["first"].dtype == torch.int8
+    put_(state, "first", first / state["second"].sqrt().add_(eps) if is_relative else first)
+
+
 def _owe_(first: Tensor, lost: Tensor, by: Tensor, beta: float) -> None:
     """Puts what rounding took from a parameter into its momentum, float32, so that coming steps give it back.
 
@@ -192,7 +198,8 @@ def _owe_(first: Tensor, lost: Tensor, by: Tensor, beta: float) -> None:
     a tenth of what is still missing a step. So roundings do not add up over a run. (Without master weights, as ECO,
     Nikdan et al., arXiv 2601.22101, has it.)
     """
-    first.sub_(lost.mul_(1.0 / beta - 1.0).div_(by.clamp_min(torch.finfo(by.dtype).tiny)))
+    share = torch.where(by > torch.finfo(by.dtype).tiny, (1.0 / beta - 1.0) / by, 0.0)
+    first.addcmul_(lost, share, value=-1.0)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
