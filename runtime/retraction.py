@@ -137,8 +137,7 @@ def _polar(X: Tensor) -> Tensor:
     """X (X^T X)^-1/2 by the eigenvalues of the Gram matrix; by an SVD where those are too small for it."""
     eigenvalues, P = torch.linalg.eigh(X.mT.double() @ X.double())
     if float(eigenvalues.min()) > 1e-6 * float(eigenvalues.max()):
-        root = (P * eigenvalues.rsqrt().unsqueeze(-2)) @ P.mT
-        return (X.double() @ root).to(X.dtype)
+        return (X.double() @ _inverse_root(eigenvalues, P)).to(X.dtype)
     U, _, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     return (U @ Vh).to(X.dtype)
 
@@ -153,8 +152,12 @@ def polar_direction(M: Tensor) -> Tensor:
     M = M / norm
     squares, P = torch.linalg.eigh(_gram(M))
     least = _NOISE**2 * squares.amax(-1, keepdim=True).clamp_min(1.0 / M.shape[-1])  # of nothing there is no largest
-    root = (P * (squares.clamp_min(0.0) + least).rsqrt().unsqueeze(-2)) @ P.mT
-    return M @ root.to(M.dtype)
+    return M @ _inverse_root(squares.clamp_min(0.0) + least, P).to(M.dtype)
+
+
+def _inverse_root(values: Tensor, P: Tensor) -> Tensor:
+    """`P diag(values)^-1/2 P^T` (..., k, k), values positive."""
+    return (P * values.rsqrt().unsqueeze(-2)) @ P.mT
 
 
 def tangent(X: Tensor, G: Tensor) -> Tensor:
