@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..head import ends
 from ..memory import freed_memory_kept
+from ..precision import products
 from ..retraction import absorb_, drift, polar_direction, retract, retract_, tangent
 from ..spectral import SpectralLayer
 from .attention import probabilities_kept
@@ -23,7 +24,7 @@ from .gated import in_slices
 from .objective import Objective
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
-from .reversal import reversing
+from .reversal import reversing, try_blocks
 from .stepping import Stepping
 from .teacher import Teacher
 
@@ -120,6 +121,8 @@ def train(
         stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
+            with products(device, bool(options.bf16)):
+                try_blocks(model)  # before anything is written
         if options.checkpointing == "blocks":
             model.activation_checkpointing_enable()  # type: ignore[operator]
         began, trained = time.perf_counter(), 0

@@ -55,12 +55,25 @@ def model_blocks(model: Any) -> list[nn.Module]:
     return list(next((child for child in model.base_model.children() if isinstance(child, nn.ModuleList)), []))
 
 
+def try_blocks(model: Any) -> None:
+    """Sends three tokens through a model within `reversing`, by which its blocks find what they end in.
+
+    Raises:
+        TrainError: one is no such sum.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = (
+        torch.arange(1, 4, device=next(model.parameters()).device)[None] * vocabulary // 4
+    )  # one of padding is nothing
+    with torch.enable_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+
+
 def is_reversible(model: Any) -> bool:
-    """Whether all blocks are such sums, by trying three tokens."""
-    ids = torch.zeros(1, 3, dtype=torch.long, device=next(model.parameters()).device)
+    """Whether all blocks are such sums."""
     try:
-        with reversing(model), torch.enable_grad():
-            model.base_model(input_ids=ids, use_cache=False)
+        with reversing(model):
+            try_blocks(model)
     except TrainError:
         return False
     return True

@@ -16,7 +16,7 @@ from sctconv.runtime.retraction import drift, retract, tangent
 from sctconv.runtime.train import TrainError, load_weights, start, train
 from sctconv.runtime.train.moments import MOMENTA, begin_, get, put_, rounded
 from sctconv.runtime.train.optimizer import SpectralAdam
-from sctconv.runtime.train.reversal import reversing
+from sctconv.runtime.train.reversal import is_reversible, reversing
 from sctconv.runtime.train.stepping import Stepping
 from tests.models import save, tiny_model, tiny_tokenizer
 from tests.training import TEXT, quick, windows
@@ -124,8 +124,12 @@ def test_blocks_that_are_no_such_sum_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     convert(str(source), tmp_path / "m.sct", ConvertOptions(rank=6, modules="all"))
     model, data = sctconv.load(tmp_path / "m.sct").model, windows(tmp_path / "m.sct")
-    with pytest.raises(TrainError, match=r"block 0 does not add .* use --checkpointing blocks"):
-        train(model, data, quick(checkpointing="factors"))
+    assert not is_reversible(model)
+    for bf16 in (False, True):
+        with pytest.raises(TrainError, match=r"block 0 does not add .* use --checkpointing blocks"):
+            train(
+                model, data, quick(checkpointing="factors", bf16=bf16), on_best=lambda _: pytest.fail("written already")
+            )
 
 
 @pytest.mark.parametrize("shape", [(7,), (256, 3), (1000, 5), (1, 1)])
