@@ -2,7 +2,7 @@
 
 A checkpoint is an ordinary .sct file with float32 weights: it loads, evaluates and generates like any other. What a run
 needs besides is in tensors named `optimizer.first.NAME` (with `first_scale` where those are 8 bits),
-`optimizer.second.NAME` and `optimizer.order.LAYER` and in `metadata["training"]`; it is written whole or not at all, with checksums, like every .sct file.
+`optimizer.second.NAME` (of factors `second_rows` too) and `optimizer.order.LAYER` and in `metadata["training"]`; it is written whole or not at all, with checksums, like every .sct file.
 
 Training keeps a layer's columns where they are, and a step may move a singular value past its neighbour or, with AdamW,
 below zero, which the format does not allow. So they are written in order, and `order` says where each was and with which
@@ -124,6 +124,11 @@ def restore(
                 for kind, key in _names(state).items()
                 if f"{_MOMENTS}{kind}.{name}" in tensors
             }
+            if missing := state.optimizer.state.get(parameter, {}).keys() - {*moments, "count"}:
+                raise TrainError(
+                    f"{path}: lacks {', '.join(sorted(missing))} of {name}, as another version of sctconv left it; "
+                    "train its weights on without --resume"
+                )
             is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
             count = {"step": torch.tensor(float(training["step"]))} if is_adamw else {"count": training["step"]}
             state.optimizer.state[parameter] = {**moments, **count}
@@ -225,4 +230,4 @@ def _names(state: TrainState) -> dict[str, str]:
     """Our names of the moments -> the optimiser's."""
     if isinstance(state.optimizer, torch.optim.AdamW):
         return {"first": "exp_avg", "second": "exp_avg_sq"}
-    return {"first": "first", "first_scale": "first_scale", "second": "second"}
+    return {"first": "first", "first_scale": "first_scale", "second_rows": "second_rows", "second": "second"}

@@ -61,7 +61,7 @@ class TrainState:
         optimizer: with its moments.
         best: least held-out loss so far; best_step: after how many steps.
         looks: looks at the held-out windows since then.
-        norm: of the last step's gradients, by which `step_in_backward` clips the next.
+        norm: that `step_in_backward` expects of the next step's gradients, by which it clips them.
         is_whole: whether the weights are those after `step` steps and all that belongs to a step was done, the look and
             `on_step` included; while a step moves them it is not.
     """
@@ -118,6 +118,7 @@ def train(
         stepping = stack.enter_context(
             Stepping(model, state.optimizer if options.step_in_backward else None, options.clip)
         )
+        stepping.expected = state.norm
         stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
@@ -135,18 +136,17 @@ def train(
                 group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
             state.optimizer.zero_grad()
             batch = data.batch(state.step, options.batch, options.seed).to(device)
-            if options.step_in_backward and options.clip and state.norm is None:
+            if options.step_in_backward and options.clip and stepping.expected is None:
                 with stepping.measuring():
                     _descend(objective, batch, options, stepping, state)
-                state.norm = stepping.finish(parameters)
+                stepping.finish(parameters)
                 state.optimizer.zero_grad()
-            stepping.before = state.norm
             total = _descend(objective, batch, options, stepping, state)
             if options.step_in_backward:
                 norm = stepping.finish(parameters)
+                state.norm = stepping.expected
             else:
                 norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
-            state.norm = norm
             if not math.isfinite(total) or not math.isfinite(norm):
                 what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
                 raise TrainError(

@@ -5,14 +5,16 @@ cannot fit: at 5e-4 a unit column of 8192 entries turns by 0.045 rad in a step w
 0.005 %. `SpectralAdam` gives each kind of parameter a unit of its own:
 
 - `stiefel` (U, V): the gradient's part along the manifold, a step of `rate` radians a column, back by a retraction. Momentum
-  is projected to where X is now (StelLA, NeurIPS 2025). The step goes in Adam's direction with one second moment per column;
-  or along the momentum's polar factor, which is as far in every direction that the momentum has a part in.
+  is projected to where X is now (StelLA, NeurIPS 2025). The step goes in Adam's direction, its second moments one a row and one
+  a column (Adafactor, Shazeer and Stern, arXiv 1804.04235): as good as one an entry, in m + k numbers instead of m k (table in
+  `options`). Or along the momentum's polar factor, which is as far in every direction that the momentum has a part in.
 - `singular` (s): Adam on log s, so `rate` is a relative change and s stays positive; weight decay, as |W|_F = |s|.
 - `plain` (everything else): Adam, entry by entry.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -24,6 +26,9 @@ from ..tensors import by_shape
 from .moments import begin_, get, put_, rounded
 
 _PRIME: Final = 1_000_003
+
+_FAINT: Final = 1e-8
+"""Second moments of rows, over their mean, below which rows do not step as far as others: of nothing comes nothing."""
 
 KINDS: Final = ("stiefel", "singular", "plain")
 
@@ -75,11 +80,13 @@ class SpectralAdam(Optimizer):
         }
         for parameter, (group, _) in self._places.items():
             # at once, before what comes and goes: what stays is not to lie between that and keep its pages
-            kept = parameter.shape[-1:] if group["kind"] == "stiefel" else parameter.shape
             state = self.state[parameter] = {"count": 0}
             begin_(state, "first", parameter.detach(), momentum if parameter.ndim > 1 else "float32")
-            if group["kind"] != "stiefel" or polar is None:
-                state["second"] = torch.zeros(kept, dtype=torch.float32, device=parameter.device)
+            zeros = functools.partial(torch.zeros, dtype=torch.float32, device=parameter.device)
+            if group["kind"] != "stiefel":
+                state["second"] = zeros(parameter.shape)
+            elif polar is None:
+                state["second_rows"], state["second"] = (zeros(size) for size in parameter.shape)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -112,14 +119,14 @@ class SpectralAdam(Optimizer):
         gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
         gradient = self._tangent(X, _stacked(gradients))
         states = [self._state(parameter) for parameter in batch]
-        first = _stacked([get(state, "first") for state in states])
-        first = self._tangent(X, first.lerp_(gradient, 1.0 - group["betas"][0]))
+        first = _stacked([get(state, "first") for state in states]).lerp_(gradient, 1.0 - group["betas"][0])
         by = None
         if self._polar is not None:
+            first = self._tangent(X, first)
             X = X.float() - group["rate"] * self._polar(first)
         else:
-            by = self._by_column(gradient, states, group)[:, None, :]
-            X = torch.addcmul(X.float(), first, by, value=-1.0)
+            by = self._by_entry(gradient, states, group)
+            X = X.float() - self._tangent(X, first * by)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
             lost = self._put(parameter, X[place], state)
@@ -127,16 +134,24 @@ class SpectralAdam(Optimizer):
                 _owe_(first[place], lost, by[place], group["betas"][0])
             put_(state, "first", first[place])
 
-    def _by_column(self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """What Adam multiplies each column of the momentum with (b, k), after taking the gradient (b, m, k) in."""
-        second = torch.stack([state["second"] for state in states])
-        second = second.lerp_(gradient.square().mean(-2), 1.0 - group["betas"][1])
-        for state, value in zip(states, second, strict=True):
-            state["second"].copy_(value)
-        counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=gradient.device)
-        one, two = (1.0 - beta**counts for beta in group["betas"])
-        scale = (second / two[:, None]).sqrt_().add_(group["eps"])
-        return group["rate"] / (gradient.shape[-2] ** 0.5 * one[:, None] * scale)
+    def _by_entry(self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        """What Adam multiplies the momentum with (b, m, k), after taking the gradient in.
+
+        Rows first, over their mean; of what that makes of the gradient the columns, so that each turns by `rate`.
+        """
+        one, two = (1.0 - beta ** states[0]["count"] for beta in group["betas"])
+
+        def moment(name: str, values: Tensor) -> Tensor:
+            for state, value in zip(states, values, strict=True):
+                state[name].lerp_(value, 1.0 - group["betas"][1])
+            return torch.stack([state[name] for state in states]) / two
+
+        rows = moment("second_rows", gradient.square().mean(-1))
+        rows = (rows / rows.mean(-1, keepdim=True)).nan_to_num_(0.0).clamp_min_(_FAINT).rsqrt_()[:, :, None]
+        columns = moment("second", (gradient * rows).square_().mean(-2))
+        return (
+            rows * (group["rate"] / (gradient.shape[-2] ** 0.5 * one * columns.sqrt_().add_(group["eps"])))[:, None, :]
+        )
 
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
@@ -210,7 +225,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 def turn_(optimizer: Optimizer, rotations: Mapping[nn.Parameter, Tensor]) -> None:
     """Turns what an optimiser keeps of parameters (m, k) whose columns were turned by orthogonal P (k, k): X -> X P.
 
-    First moments turn along; of second moments the expectation does, with the squares of P.
+    First moments turn along; of second moments the expectation does, with the squares of P; those of rows stay.
     """
     for parameter, P in rotations.items():
         state = optimizer.state.get(parameter, {})

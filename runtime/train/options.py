@@ -67,7 +67,7 @@ class TrainOptions:
         batch: windows of a step; micro_batch: windows that go through the model at once.
         context: tokens in a window.
         optimizer: `spectral` (each kind of parameter in its own unit) or `adamw` (the paper's: one rate, then QR).
-        direction: of a step of U and V in `spectral`: `adam`, with one second moment a column, or `polar`, the momentum's polar
+        direction: of a step of U and V in `spectral`: `adam`, with one second moment a row and a column, or `polar`, the momentum's polar
             factor, as Muon has it.
         rate: of `adamw`, and of dense matrices in `spectral`.
         angle: radians that a column of U or V turns in a step of `spectral`.
@@ -88,8 +88,8 @@ class TrainOptions:
             between being computed again; `factors`, of each block only what the last layers of its attention and MLP give
             between their factors, from which its input follows too (see `runtime.train.reversal`).
         step_in_backward: whether each parameter moves the moment its gradient is whole, and the gradient goes: none but that
-            of the head is ever kept. They are never together, so `clip` goes by their norm in the step before, which for
-            the first step is found by a pass of its own. With `spectral` only.
+            of the head is ever kept. They are never together, so `clip` goes by a running mean of their norm in the steps
+            before, which begins with a pass of its own. With `spectral` only.
         momentum: what first moments of matrices are kept in: `float32`, `bfloat16` or `int8`. With `spectral` only.
         weights: what matrices are kept in: `float32`, or `bfloat16` rounded at random after each step.
         teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.

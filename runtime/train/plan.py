@@ -74,7 +74,7 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
         "libraries": libraries,
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
         "first moments": sum(_kept(optimizer, parameter, "first", "first_scale") for parameter, _ in trained),
-        "second moments": sum(_kept(optimizer, parameter, "second") for parameter, _ in trained),
+        "second moments": sum(_kept(optimizer, parameter, "second_rows", "second") for parameter, _ in trained),
         "gradients": sum(parameter.nbytes for parameter in held) + (4 * largest if at_once else 0),
         "activations": kept + block,
         "logits": int(_LOGITS * min(logits_bytes(options), 4 * tokens * vocabulary)),

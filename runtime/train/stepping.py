@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 from ..head import ends
 from .optimizer import SpectralAdam
 
+_FADING: Final = 0.7
+"""What a step leaves of the norm that was expected before it."""
+
 
 class Stepping:
     """Steps in the backward pass: moves each parameter the moment its gradient is whole, and lets the gradient go.
@@ -21,8 +24,8 @@ class Stepping:
     Embeddings and head are left to `optimizer.step()`: their gradients come in parts.
 
     A gradient that is clipped to the norm of all needs that norm before the first of them goes, when it is not known. So it
-    is the norm of the step before by which each is scaled; and by its own, where that alone is longer than what all may be.
-    (LOMO, Lv et al., arXiv 2306.09782, takes a backward pass for the norm and one more for the step.)
+    is scaled by a running mean of the norms of the steps before, which is nearer to it than the last of them; and by its own,
+    where that alone is longer. (LOMO, Lv et al., arXiv 2306.09782, takes a backward pass for the norm and one more for the step.)
 
     Args:
         model: a causal language model.
@@ -31,12 +34,12 @@ class Stepping:
 
     Attributes:
         on: whether this pass completes the gradients.
-        before: norm of the gradients of the step before; None where there was none yet.
+        expected: norm of the gradients as those of the steps before have it; None where there was none yet.
     """
 
     def __init__(self, model: Any, optimizer: Optimizer | None, clip: float = 0.0) -> None:
         self.on = False
-        self.before: float | None = None
+        self.expected: float | None = None
         self._clip, self._squares, self._measures = clip, 0.0, False
         self._hooks: list[Any] = []
         if not isinstance(optimizer, SpectralAdam):
@@ -70,15 +73,16 @@ class Stepping:
     def finish(self, parameters: list[nn.Parameter]) -> float:
         """Norm of all gradients of a step; those that are still there are clipped as those that are gone were."""
         left = [self._clipped_(parameter) for parameter in parameters if parameter.grad is not None]
-        self.before = found = math.sqrt(self._squares + sum(norm**2 for norm in left))
+        found = math.sqrt(self._squares + sum(norm**2 for norm in left))
         self._squares = 0.0
+        self.expected = found if self.expected is None else _FADING * self.expected + (1.0 - _FADING) * found
         return found
 
     def _clipped_(self, parameter: nn.Parameter) -> float:
         """Clips one gradient; returns its norm as it was."""
         assert parameter.grad is not None
         norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
-        if self._clip and not self._measures and (longest := max(norm, self.before or 0.0)) > self._clip:
+        if self._clip and not self._measures and (longest := max(norm, self.expected or 0.0)) > self._clip:
             parameter.grad.mul_(self._clip / longest)
         return norm
 

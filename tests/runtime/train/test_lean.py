@@ -72,7 +72,7 @@ def test_a_lossy_lever_comes_as_far(lever: str, factored: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_clipping_in_the_backward_pass_goes_by_the_step_before(parts: int, factored: Path) -> None:
+def test_clipping_in_the_backward_pass_goes_by_the_steps_before(parts: int, factored: Path) -> None:
     changes = {"clip": 0.05, "micro_batch": 2 // parts, "angle": 1e-3}
     plain, lean = _run(factored, **changes), _run(factored, **changes, step_in_backward=True)
     norms = [step.gradient for step in plain[1].history]
@@ -80,8 +80,7 @@ def test_clipping_in_the_backward_pass_goes_by_the_step_before(parts: int, facto
     losses = [[step.loss for step in state.history] for _, state in (plain, lean)]
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6), "the first step's own norm is known"
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    unclipped = [step.loss for step in _run(factored, **{**changes, "clip": 0.0})[1].history]
-    assert abs(losses[1][-1] - losses[0][-1]) < 0.2 * abs(unclipped[-1] - losses[0][-1])
+    assert lean[1].norm == pytest.approx(norms[-1], rel=0.2)
 
 
 def test_a_gradient_longer_than_all_may_be_is_cut_in_its_own_step(factored: Path) -> None:
@@ -93,7 +92,7 @@ def test_a_gradient_longer_than_all_may_be_is_cut_in_its_own_step(factored: Path
     optimizer.step_one = lambda parameter: moved.append(float(parameter.grad.norm()))  # type: ignore[method-assign, union-attr]
     layer = model.model.layers[0].mlp.up_proj
     with Stepping(model, optimizer, 1.0) as stepping:
-        stepping.on, stepping.before = True, 4.0
+        stepping.on, stepping.expected = True, 4.0
         (0.25 * layer.V.sum() / layer.V.numel() ** 0.5).backward()
         (100.0 * layer.V.sum() / layer.V.numel() ** 0.5).backward()
         assert moved == pytest.approx([0.25 / 4.0, 1.0])

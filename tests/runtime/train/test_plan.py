@@ -42,7 +42,10 @@ def test_weights_moments_and_activations_are_what_a_run_holds(changes: dict[str,
     assert parts["weights"] == sum(weights.values())
     ids = torch.zeros(options.micro_batch, options.context, dtype=torch.long)
     if options.optimizer == "spectral":
-        for name, keys in {"first moments": ("first", "first_scale"), "second moments": ("second",)}.items():
+        for name, keys in {
+            "first moments": ("first", "first_scale"),
+            "second moments": ("second_rows", "second"),
+        }.items():
             held = sum(state[key].nbytes for state in optimizer.state.values() for key in keys if key in state)
             assert parts[name] == pytest.approx(held, rel=0.1), "scales of a block that is not full count whole"
     kept: dict[int, int] = {}
