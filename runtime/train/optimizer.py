@@ -6,8 +6,8 @@ cannot fit: at 5e-4 a unit column of 8192 entries turns by 0.045 rad in a step w
 
 - `stiefel` (U, V): the gradient's part along the manifold, a step of `rate` radians a column, back by a retraction. Momentum
   is projected to where X is now (StelLA, NeurIPS 2025). The step goes in Adam's direction, its second moments one a row and one
-  a column (Adafactor, Shazeer and Stern, arXiv 1804.04235): as good as one an entry, in m + k numbers instead of m k (table in
-  `options`). Or along the momentum's polar factor, which is as far in every direction that the momentum has a part in.
+  a column (Adafactor, Shazeer and Stern, arXiv 1804.04235): nearly as good as one an entry, in m + k numbers instead of m k (table in
+  `tests/benchmarks/training.py`). Or along the momentum's polar factor, which is as far in every direction that the momentum has a part in.
 - `singular` (s): Adam on log s, so `rate` is a relative change and s stays positive; weight decay, as |W|_F = |s|.
 - `plain` (everything else): Adam, entry by entry.
 """
