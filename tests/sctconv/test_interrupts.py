@@ -114,16 +114,16 @@ def test_a_conversion_in_a_long_call_keeps_what_is_done_and_says_so(tmp_path: Pa
         import torch
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from sctconv.cli import main
-        from sctconv.convert import pipeline
+        from sctconv.convert import conversion, pipeline
         pipeline.convert.__kwdefaults__["journal_seconds"] = 0.0
-        inner, calls = pipeline.truncated_svd, []
+        inner, calls = conversion.truncated_svd, []
         def truncated_svd(*args, **more):
             calls.append(0)
             if len(calls) == 5:
                 print("ready", flush=True)
                 torch.linalg.svd(torch.randn(7000, 7000))
             return inner(*args, **more)
-        pipeline.truncated_svd = truncated_svd
+        conversion.truncated_svd = truncated_svd
         main(["convert", sys.argv[1], "-o", sys.argv[2], "--data-free", "--rank", "6", "--no-report"])
     """
     output = tmp_path / "out" / "o.sct"
