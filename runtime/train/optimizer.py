@@ -140,7 +140,9 @@ class SpectralAdam(Optimizer):
         Rows first, over their mean; of what that makes of the gradient the columns, so that each turns by `rate`.
         """
         counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=gradient.device)
-        one, two = ((1.0 - beta**counts)[:, None] for beta in group["betas"])  # not all need have had a gradient in each step
+        one, two = (
+            (1.0 - beta**counts)[:, None] for beta in group["betas"]
+        )  # not all need have had a gradient in each step
 
         def moment(name: str, values: Tensor) -> Tensor:
             for state, value in zip(states, values, strict=True):
