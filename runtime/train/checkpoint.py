@@ -2,7 +2,8 @@
 
 A checkpoint is an ordinary .sct file with float32 weights: it loads, evaluates and generates like any other. What a run
 needs besides is in tensors named `optimizer.first.NAME` (with `first_scale` where those are 8 bits),
-`optimizer.second.NAME` (of factors `second_rows` too) and `optimizer.order.LAYER` and in `metadata["training"]`; it is written whole or not at all, with checksums, like every .sct file.
+`optimizer.second.NAME` (of factors `second_rows` too) and `optimizer.order.LAYER` and in `metadata["training"]`; it is
+written whole or not at all, with checksums, like every .sct file.
 
 Training keeps a layer's columns where they are, and a step may move a singular value past its neighbour or, with AdamW,
 below zero, which the format does not allow. So they are written in order, and `order` says where each was and with which
@@ -30,6 +31,7 @@ from ..spectral import SpectralLayer
 from ..tensors import mapped_tensor, to_numpy
 from .loop import TrainState
 from .options import TrainError, TrainOptions
+from .stepping import RunningNorm
 
 _MOMENTS: Final = "optimizer."
 
@@ -79,7 +81,8 @@ def save_checkpoint(
         "best": state.best,
         "best_step": state.best_step,
         "looks": state.looks,
-        "norm": state.norm,
+        "norm": state.norm.value,
+        "counts": {name: count for name, count in _counts(model, state) if count != state.step},
     }
     _write(model, source, path, {"training": training}, state, overwrite=True)
 
@@ -129,12 +132,14 @@ def restore(
                     f"{path}: lacks {', '.join(sorted(missing))} of {name}, as another version of sctconv left it; "
                     "train its weights on without --resume"
                 )
-            is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
-            count = {"step": torch.tensor(float(training["step"]))} if is_adamw else {"count": training["step"]}
-            state.optimizer.state[parameter] = {**moments, **count}
+            count = training.get("counts", {}).get(name, training["step"])
+            if not isinstance(state.optimizer, torch.optim.AdamW):
+                state.optimizer.state[parameter] = {**moments, "count": count}
+            elif count:  # AdamW keeps nothing of what it has not moved yet
+                state.optimizer.state[parameter] = {**moments, "step": torch.tensor(float(count))}
         kept = {name: training[name] for name in ("step", "best", "best_step", "looks")}
-        kept["norm"] = training.get("norm")  # of no use to files that were written without it
-        return replace(state, **kept)
+        norm = RunningNorm(training.get("norm"))  # of no use to files that were written without it
+        return replace(state, **kept, norm=norm)
 
 
 def _write(
@@ -217,8 +222,15 @@ def _moments(model: nn.Module, state: TrainState | None) -> Iterator[tuple[str, 
     if state is None:
         return
     for name, parameter in _trained(model, state):
-        moments = state.optimizer.state[parameter]
+        moments = state.optimizer.state.get(parameter, {})
         yield from ((name, kind, moments[key]) for kind, key in _names(state).items() if key in moments)
+
+
+def _counts(model: nn.Module, state: TrainState) -> Iterator[tuple[str, int]]:
+    """How often each parameter was moved: fewer times than the steps, if some gave it no gradient."""
+    for name, parameter in _trained(model, state):
+        moments = state.optimizer.state.get(parameter, {})
+        yield name, int(moments.get("step" if isinstance(state.optimizer, torch.optim.AdamW) else "count", 0))
 
 
 def _trained(model: nn.Module, state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:

@@ -25,7 +25,7 @@ from .objective import Objective
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
 from .reversal import reversing, try_blocks
-from .stepping import Stepping
+from .stepping import RunningNorm, Stepping
 from .teacher import Teacher
 
 
@@ -61,7 +61,7 @@ class TrainState:
         optimizer: with its moments.
         best: least held-out loss so far; best_step: after how many steps.
         looks: looks at the held-out windows since then.
-        norm: that `step_in_backward` expects of the next step's gradients, by which it clips them.
+        norm: of the gradients so far, by which `step_in_backward` clips.
         is_whole: whether the weights are those after `step` steps and all that belongs to a step was done, the look and
             `on_step` included; while a step moves them it is not.
     """
@@ -71,7 +71,7 @@ class TrainState:
     best: float = math.inf
     best_step: int = 0
     looks: int = 0
-    norm: float | None = None
+    norm: RunningNorm = field(default_factory=RunningNorm)
     is_whole: bool = True
     history: list[Progress] = field(default_factory=list)
 
@@ -115,10 +115,8 @@ def train(
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     with contextlib.ExitStack() as stack:
         stack.enter_context(freed_memory_kept())
-        stepping = stack.enter_context(
-            Stepping(model, state.optimizer if options.step_in_backward else None, options.clip)
-        )
-        stepping.expected = state.norm
+        moves = state.optimizer if options.step_in_backward else None
+        stepping = stack.enter_context(Stepping(model, moves, state.norm, options.clip))
         stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
@@ -136,7 +134,7 @@ def train(
                 group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
             state.optimizer.zero_grad()
             batch = data.batch(state.step, options.batch, options.seed).to(device)
-            if options.step_in_backward and options.clip and stepping.expected is None:
+            if options.step_in_backward and options.clip and state.norm.value is None:
                 with stepping.measuring():
                     _descend(objective, batch, options, stepping, state)
                 stepping.finish(parameters)
@@ -144,7 +142,6 @@ def train(
             total = _descend(objective, batch, options, stepping, state)
             if options.step_in_backward:
                 norm = stepping.finish(parameters)
-                state.norm = stepping.expected
             else:
                 norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
             if not math.isfinite(total) or not math.isfinite(norm):

@@ -5,9 +5,10 @@ cannot fit: at 5e-4 a unit column of 8192 entries turns by 0.045 rad in a step w
 0.005 %. `SpectralAdam` gives each kind of parameter a unit of its own:
 
 - `stiefel` (U, V): the gradient's part along the manifold, a step of `rate` radians a column, back by a retraction. What
-  is made of the momentum is projected to where X is now (StelLA, NeurIPS 2025). The step goes in Adam's direction, its second moments one a row and one
-  a column (Adafactor, Shazeer and Stern, arXiv 1804.04235): nearly as good as one an entry, in m + k numbers instead of m k (table in
-  `tests/benchmarks/training.py`). Or along the momentum's polar factor, which is as far in every direction that the momentum has a part in.
+  is made of the momentum is projected to where X is now (StelLA, NeurIPS 2025). The step goes in Adam's direction, its second
+  moments one a row and one a column (Adafactor, Shazeer and Stern, arXiv 1804.04235): nearly as good as one an entry, in
+  m + k numbers instead of m k (table in `tests/benchmarks/training.py`). Or along the momentum's polar factor, which is as
+  far in every direction that the momentum has a part in.
 - `singular` (s): Adam on log s, so `rate` is a relative change and s stays positive; weight decay, as |W|_F = |s|.
 - `plain` (everything else): Adam, entry by entry.
 """
@@ -140,9 +141,8 @@ class SpectralAdam(Optimizer):
         Rows first, over their mean; of what that makes of the gradient the columns, so that each turns by `rate`.
         """
         counts = torch.tensor([state["count"] for state in states], dtype=torch.float32, device=gradient.device)
-        one, two = (
-            (1.0 - beta**counts)[:, None] for beta in group["betas"]
-        )  # not all need have had a gradient in each step
+        # one count each: not all need have had a gradient in each step
+        one, two = ((1.0 - beta**counts)[:, None] for beta in group["betas"])
 
         def moment(name: str, values: Tensor) -> Tensor:
             for state, value in zip(states, values, strict=True):

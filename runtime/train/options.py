@@ -68,8 +68,8 @@ class TrainOptions:
         batch: windows of a step; micro_batch: windows that go through the model at once.
         context: tokens in a window.
         optimizer: `spectral` (each kind of parameter in its own unit) or `adamw` (the paper's: one rate, then QR).
-        direction: of a step of U and V in `spectral`: `adam`, with one second moment a row and a column, or `polar`, the momentum's polar
-            factor, as Muon has it.
+        direction: of a step of U and V in `spectral`: `adam`, with second moments of rows and of columns, or `polar`, the
+            momentum's polar factor, as Muon has it.
         rate: of `adamw`, and of dense matrices in `spectral`.
         angle: radians that a column of U or V turns in a step of `spectral`.
         singular_rate: relative change of s in a step of `spectral`.

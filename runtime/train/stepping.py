@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,17 @@ from ..head import ends
 from .optimizer import SpectralAdam
 
 _FADING: Final = 0.7
-"""What a step leaves of the norm that was expected before it."""
+"""Weight of what was expected before a step in what is expected after it."""
+
+
+@dataclass
+class RunningNorm:
+    """Running mean of the norms of a run's gradients; None before the first."""
+
+    value: float | None = None
+
+    def take(self, norm: float) -> None:
+        self.value = norm if self.value is None else _FADING * self.value + (1.0 - _FADING) * norm
 
 
 class Stepping:
@@ -30,17 +41,16 @@ class Stepping:
     Args:
         model: a causal language model.
         optimizer: its optimiser; None, or any but `SpectralAdam`, for nothing to move here.
+        norm: of the gradients as the steps before have it; takes that of each step.
         clip: norm to which gradients are clipped, 0 for none.
 
     Attributes:
         on: whether this pass completes the gradients.
-        expected: norm of the gradients as those of the steps before have it; None where there was none yet.
     """
 
-    def __init__(self, model: Any, optimizer: Optimizer | None, clip: float = 0.0) -> None:
+    def __init__(self, model: Any, optimizer: Optimizer | None, norm: RunningNorm, clip: float = 0.0) -> None:
         self.on = False
-        self.expected: float | None = None
-        self._clip, self._squares, self._measures = clip, 0.0, False
+        self._norm, self._clip, self._squares, self._measures = norm, clip, 0.0, False
         self._hooks: list[Any] = []
         if not isinstance(optimizer, SpectralAdam):
             return
@@ -75,14 +85,14 @@ class Stepping:
         left = [self._clipped_(parameter) for parameter in parameters if parameter.grad is not None]
         found = math.sqrt(self._squares + sum(norm**2 for norm in left))
         self._squares = 0.0
-        self.expected = found if self.expected is None else _FADING * self.expected + (1.0 - _FADING) * found
+        self._norm.take(found)
         return found
 
     def _clipped_(self, parameter: nn.Parameter) -> float:
         """Clips one gradient; returns its norm as it was."""
         assert parameter.grad is not None
         norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
-        if self._clip and not self._measures and (longest := max(norm, self.expected or 0.0)) > self._clip:
+        if self._clip and not self._measures and (longest := max(norm, self._norm.value or 0.0)) > self._clip:
             parameter.grad.mul_(self._clip / longest)
         return norm
 

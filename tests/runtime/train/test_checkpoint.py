@@ -13,6 +13,7 @@ from sctconv import SctFile
 from sctconv.runtime.spectral import SpectralLayer
 from sctconv.runtime.train import (
     TrainError,
+    TrainState,
     load_weights,
     restore,
     save_checkpoint,
@@ -82,6 +83,34 @@ def test_a_checkpoint_is_a_valid_file_however_the_singular_values_stand(factored
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     restore(loaded, start(loaded, options), options, FACTS, tmp_path / "c.sct")
     for (name, one), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
+def test_what_had_no_gradient_in_some_steps_goes_on_with_its_own_count(
+    optimizer: str, factored: Path, tmp_path: Path
+) -> None:
+    def moved(model: Any, state: TrainState, steps: range) -> None:
+        for step in steps:
+            for place, parameter in enumerate(model.parameters()):
+                parameter.grad = None if place % 4 > step else torch.full_like(parameter, 0.1 * step + 0.1)
+            for group in state.optimizer.param_groups:
+                group["rate" if "rate" in group else "lr"] = group["full_rate"]
+            state.optimizer.step()
+            state.step += 1
+
+    options = quick(optimizer=optimizer)
+    whole = sctconv.load(factored).model
+    first = start(whole, options)
+    first.best = 1.0
+    with SctFile(factored) as source:
+        moved(whole, first, range(2))  # some parameters twice, some once, some never
+        save_checkpoint(whole, source, first, options, FACTS, tmp_path / "c.sct")
+    resumed = load_weights(tmp_path / "c.sct", "float32")
+    second = restore(resumed, start(resumed, options), options, FACTS, tmp_path / "c.sct")
+    moved(whole, first, range(2, 5))
+    moved(resumed, second, range(2, 5))
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
 
 

@@ -17,7 +17,7 @@ from sctconv.runtime.train import TrainError, load_weights, start, train
 from sctconv.runtime.train.moments import MOMENTA, begin_, get, put_, rounded
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.runtime.train.reversal import is_reversible, reversing
-from sctconv.runtime.train.stepping import Stepping
+from sctconv.runtime.train.stepping import RunningNorm, Stepping
 from tests.models import save, tiny_model, tiny_tokenizer
 from tests.training import TEXT, quick, windows
 
@@ -80,7 +80,7 @@ def test_clipping_in_the_backward_pass_goes_by_the_steps_before(parts: int, fact
     losses = [[step.loss for step in state.history] for _, state in (plain, lean)]
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6), "the first step's own norm is known"
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert lean[1].norm == pytest.approx(norms[-1], rel=0.2)
+    assert lean[1].norm.value == pytest.approx(norms[-1], rel=0.2)
 
 
 def test_a_gradient_longer_than_all_may_be_is_cut_in_its_own_step(factored: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_gradient_longer_than_all_may_be_is_cut_in_its_own_step(factored: Path
     assert isinstance(optimizer, SpectralAdam)
     optimizer.step_one = lambda parameter: moved.append(float(parameter.grad.norm()))  # type: ignore[method-assign, union-attr]
     layer = model.model.layers[0].mlp.up_proj
-    with Stepping(model, optimizer, 1.0) as stepping:
-        stepping.on, stepping.expected = True, 4.0
+    with Stepping(model, optimizer, RunningNorm(4.0), 1.0) as stepping:
+        stepping.on = True
         (0.25 * layer.V.sum() / layer.V.numel() ** 0.5).backward()
         (100.0 * layer.V.sum() / layer.V.numel() ** 0.5).backward()
         assert moved == pytest.approx([0.25 / 4.0, 1.0])
