@@ -126,17 +126,19 @@ class SpectralAdam(Optimizer):
             first = self._tangent(X, first)
             X = X.float() - group["rate"] * self._polar(first)
         else:
-            by = self._by_entry(gradient, states, group)
-            X = X.float() - self._tangent(X, first * by)
+            by = rows, columns = self._by_rows_and_columns(gradient, states, group)
+            X = X.float() - self._tangent(X, (first * rows).mul_(columns))
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
             lost = self._put(parameter, X[place], state)
             if lost is not None and by is not None:
-                _owe_(first[place], lost, by[place], group["betas"][0])
+                _owe_(first[place], lost, by[0][place] * by[1][place], group["betas"][0])
             put_(state, "first", first[place])
 
-    def _by_entry(self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """What Adam multiplies the momentum with (b, m, k), after taking the gradient in.
+    def _by_rows_and_columns(
+        self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """What Adam multiplies the momentum with, (b, m, 1) and (b, 1, k), after taking the gradient in.
 
         Rows first, over their mean; of what that makes of the gradient the columns, so that each turns by `rate`.
         """
@@ -152,9 +154,8 @@ class SpectralAdam(Optimizer):
         rows = moment("second_rows", gradient.square().mean(-1))
         rows = (rows / rows.mean(-1, keepdim=True)).nan_to_num_(0.0).clamp_min_(_FAINT).rsqrt_()[:, :, None]
         columns = moment("second", (gradient * rows).square_().mean(-2))
-        return (
-            rows * (group["rate"] / (gradient.shape[-2] ** 0.5 * one * columns.sqrt_().add_(group["eps"])))[:, None, :]
-        )
+        by = group["rate"] / (gradient.shape[-2] ** 0.5 * one * columns.sqrt_().add_(group["eps"]))
+        return rows, by[:, None, :]
 
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
