@@ -1,8 +1,8 @@
 """What an optimiser remembers of a gradient, in as many bits as it is worth.
 
 `float32`, `bfloat16`, or `int8`: codes of -127 to 127 with one float32 scale for 256 rows of a column, as 8-bit optimisers have
-them (Dettmers et al., arXiv 2110.02861), with plain steps in place of their map: the columns of a factor's gradient have no
-outliers worth one. (Those of a dense matrix have; its optimiser keeps steps, which have none.)
+them (Dettmers et al., arXiv 2110.02861), with plain steps in place of their map: the optimiser keeps momenta in units of
+their second moments here, and those have no outliers worth one.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class SpectralAdam(Optimizer):
         X = _stacked([parameter.detach() for parameter in batch])
         gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
         gradient = self._tangent(X, _stacked(gradients))
-        states = [self._state(parameter) for parameter in batch]
-        first = _stacked([get(state, "first") for state in states]).lerp_(gradient, 1.0 - group["betas"][0])
+        states, eps = [self._state(parameter) for parameter in batch], group["eps"]
+        first = _stacked([_recalled(state, eps) for state in states]).lerp_(gradient, 1.0 - group["betas"][0])
         by = None
         if self._polar is not None:
             first = self._tangent(X, first)
@@ -133,7 +133,7 @@ class SpectralAdam(Optimizer):
             lost = self._put(parameter, X[place], state)
             if lost is not None and by is not None:
                 _owe_(first[place], lost, by[0][place] * by[1][place], group["betas"][0])
-            put_(state, "first", first[place])
+            _remember(state, first[place], eps)
 
     def _by_rows_and_columns(
         self, gradient: Tensor, states: list[dict[str, Any]], group: dict[str, Any]
@@ -195,19 +195,25 @@ class SpectralAdam(Optimizer):
 
 
 def _recalled(state: dict[str, Any], eps: float) -> Tensor:
-    """The momentum of what moves entry by entry, float32; see `_remember`."""
+    """The momentum, float32; see `_remember`."""
     first = get(state, "first")
-    return first.mul_(state["second"].sqrt().add_(eps)) if state["first"].dtype == torch.int8 else first
+    return first.mul_(_unit(state, eps)) if state["first"].dtype == torch.int8 else first
 
 
 def _remember(state: dict[str, Any], first: Tensor, eps: float) -> None:
-    """Keeps it; in 8 bits as the step that it makes, over the root of the second moment.
+    """Keeps it; in 8 bits as the step that it makes.
 
-    8 bits hold what is like the largest of a block. Gradients of a dense matrix differ by thousands from entry to entry, and
-    Adam steps as far for the small ones.
+    8 bits hold what is like the largest of a block. Gradients of a dense matrix differ by thousands from entry to entry, those
+    of a factor from row to row, and Adam steps as far for the small ones.
     """
-    is_relative = state["first"].dtype == torch.int8
-    put_(state, "first", first / state["second"].sqrt().add_(eps) if is_relative else first)
+    put_(state, "first", first / _unit(state, eps) if state["first"].dtype == torch.int8 else first)
+
+
+def _unit(state: dict[str, Any], eps: float) -> Tensor | float:
+    """What a momentum is counted in: the root of the second moment of each row or entry, 1 where there are none."""
+    if "second_rows" in state:
+        return state["second_rows"].sqrt().add_(eps)[:, None]
+    return state["second"].sqrt().add_(eps) if "second" in state else 1.0
 
 
 def _owe_(first: Tensor, lost: Tensor, by: Tensor, beta: float) -> None:
