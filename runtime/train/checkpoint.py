@@ -31,7 +31,6 @@ from ..spectral import SpectralLayer
 from ..tensors import mapped_tensor, to_numpy
 from .loop import TrainState
 from .options import TrainError, TrainOptions
-from .stepping import RunningNorm
 
 _MOMENTS: Final = "optimizer."
 
@@ -81,7 +80,6 @@ def save_checkpoint(
         "best": state.best,
         "best_step": state.best_step,
         "looks": state.looks,
-        "norm": state.norm.value,
         "counts": {name: count for name, count in _counts(model, state) if count != state.step},
     }
     _write(model, source, path, {"training": training}, state, overwrite=True)
@@ -138,8 +136,7 @@ def restore(
             elif count:  # AdamW keeps nothing of what it has not moved yet
                 state.optimizer.state[parameter] = {**moments, "step": torch.tensor(float(count))}
         kept = {name: training[name] for name in ("step", "best", "best_step", "looks")}
-        norm = RunningNorm(training.get("norm"))  # of no use to files that were written without it
-        return replace(state, **kept, norm=norm)
+        return replace(state, **kept)
 
 
 def _write(

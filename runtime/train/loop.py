@@ -25,7 +25,7 @@ from .objective import Objective
 from .optimizer import SpectralAdam, turn_
 from .options import TrainError, TrainOptions
 from .reversal import reversing, try_blocks
-from .stepping import RunningNorm, Stepping
+from .stepping import Stepping
 from .teacher import Teacher
 
 
@@ -61,7 +61,6 @@ class TrainState:
         optimizer: with its moments.
         best: least held-out loss so far; best_step: after how many steps.
         looks: looks at the held-out windows since then.
-        norm: of the gradients so far, by which `step_in_backward` clips.
         is_whole: whether the weights are those after `step` steps and all that belongs to a step was done, the look and
             `on_step` included; while a step moves them it is not.
     """
@@ -71,7 +70,6 @@ class TrainState:
     best: float = math.inf
     best_step: int = 0
     looks: int = 0
-    norm: RunningNorm = field(default_factory=RunningNorm)
     is_whole: bool = True
     history: list[Progress] = field(default_factory=list)
 
@@ -116,7 +114,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(freed_memory_kept())
         moves = state.optimizer if options.step_in_backward else None
-        stepping = stack.enter_context(Stepping(model, moves, state.norm, options.clip))
+        stepping = stack.enter_context(Stepping(model, moves))
         stack.enter_context(lean(model, options))
         if options.checkpointing == "factors":
             stack.enter_context(reversing(model))
@@ -134,16 +132,12 @@ def train(
                 group["rate" if "rate" in group else "lr"] = rate * group["full_rate"]
             state.optimizer.zero_grad()
             batch = data.batch(state.step, options.batch, options.seed).to(device)
-            if options.step_in_backward and options.clip and state.norm.value is None:
-                with stepping.measuring():
-                    _descend(objective, batch, options, stepping, state)
-                stepping.finish(parameters)
-                state.optimizer.zero_grad()
+            stepping.squares = 0.0
             total = _descend(objective, batch, options, stepping, state)
-            if options.step_in_backward:
-                norm = stepping.finish(parameters)
-            else:
-                norm = float(nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
+            left = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if options.clip and not isinstance(state.optimizer, SpectralAdam):
+                nn.utils.clip_grads_with_norm_(parameters, options.clip, left)
+            norm = math.hypot(math.sqrt(stepping.squares), float(left))
             if not math.isfinite(total) or not math.isfinite(norm):
                 what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
                 raise TrainError(
@@ -230,6 +224,7 @@ def start(model: nn.Module, options: TrainOptions) -> TrainState:
     afterwards = options.retraction in ("none", "absorb")
     back = None if afterwards else lambda X: retract(X, options.retraction)  # type: ignore[arg-type]
     more: dict[str, Any] = {"weight_decay": options.weight_decay, "momentum": options.momentum, "seed": options.seed}
+    more["clip"] = options.clip
     polar = polar_direction if options.direction == "polar" else None
     return TrainState(0, SpectralAdam(listed, tangent=tangent, retract=back, polar=polar, **more))
 

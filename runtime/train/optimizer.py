@@ -46,6 +46,8 @@ class SpectralAdam(Optimizer):
         polar: momentum -> its polar factor, to step along; None for Adam's direction.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
+        clip: largest norm of the gradient of all parameters, 0 for none. Each one's is cut to an equal share of it, clip over the
+            root of their number: so no parameter waits for the others, and a spike in one does not shorten their steps.
         weight_decay: share of log s by which s falls in a step of rate 1; of `singular` groups only.
         momentum: what first moments of matrices are kept in, one of `MOMENTA`; of vectors they stay float32.
         seed: of the rounding of parameters that are bfloat16.
@@ -63,6 +65,7 @@ class SpectralAdam(Optimizer):
         polar: Callable[[Tensor], Tensor] | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        clip: float = 0.0,
         weight_decay: float = 0.0,
         momentum: str = "float32",
         seed: int = 0,
@@ -79,6 +82,7 @@ class SpectralAdam(Optimizer):
                 (group, parameter) for group in self.param_groups for parameter in group["params"]
             )
         }
+        self._longest = clip / max(1, len(self._places)) ** 0.5
         for parameter, (group, _) in self._places.items():
             # at once, before what comes and goes: what stays is not to lie between that and keep its pages
             state = self.state[parameter] = {"count": 0}
@@ -117,8 +121,7 @@ class SpectralAdam(Optimizer):
 
     def _stiefel(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
         X = _stacked([parameter.detach() for parameter in batch])
-        gradients = [parameter.grad.float() for parameter in batch if parameter.grad is not None]
-        gradient = self._tangent(X, _stacked(gradients))
+        gradient = self._tangent(X, _stacked([self._gradient(parameter) for parameter in batch]))
         states, eps = [self._state(parameter) for parameter in batch], group["eps"]
         first = _stacked([_recalled(state, eps) for state in states]).lerp_(gradient, 1.0 - group["betas"][0])
         by = None
@@ -158,10 +161,9 @@ class SpectralAdam(Optimizer):
         return rows, by[:, None, :]
 
     def _flat(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
         is_singular = group["kind"] == "singular"
         state, rate, eps = self._state(parameter), group["rate"], group["eps"]
-        gradient, value = parameter.grad.float(), parameter.float()
+        gradient, value = self._gradient(parameter), parameter.float()
         if is_singular:
             gradient = gradient * value
         first = _recalled(state, eps).lerp_(gradient, 1.0 - group["betas"][0])
@@ -177,6 +179,14 @@ class SpectralAdam(Optimizer):
         if lost is not None:
             _owe_(first, lost, by, group["betas"][0])
         _remember(state, first, eps)
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """float32, no longer than it may be."""
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        if self._longest:
+            gradient.mul_((self._longest / torch.linalg.vector_norm(gradient)).clamp_(max=1.0))
+        return gradient
 
     def _put(self, parameter: nn.Parameter, value: Tensor, state: dict[str, Any]) -> Tensor | None:
         """Gives a parameter a value float32; returns what of it was lost, None where nothing was."""

@@ -76,8 +76,9 @@ class TrainOptions:
         norm_rate, embedding_rate: of vectors and of embeddings with the head; 0 freezes them. Factored ones move as all
             factors do.
         weight_decay: of s.
-        clip: largest norm of the gradient of all parameters, 0 for none. A model that is being tuned has norms far above 1, so
-            that steps weigh alike in the moments: without it the first of them, the steepest, would rule for a hundred steps.
+        clip: largest norm of the gradient of all parameters, 0 for none; with `spectral` each one's is cut to an equal share of
+            it. A model that is being tuned has norms far above 1, so that steps weigh alike in the moments: without it the first
+            of them, the steepest, would rule for a hundred steps.
         schedule: `cosine`, `wsd` (constant, the last fifth falling to nothing) or `constant`, after the warm-up.
         warm_up: share of the steps in which rates rise from nothing.
         retraction: `qr`, `householder`, `polar`; `absorb`, which leaves the layer's function as the step made it; or `none`
@@ -89,8 +90,7 @@ class TrainOptions:
             between being computed again; `factors`, of each block only what the last layers of its attention and MLP give
             between their factors, from which its input follows too (see `runtime.train.reversal`).
         step_in_backward: whether each parameter moves the moment its gradient is whole, and the gradient goes: none but that
-            of the head is ever kept. They are never together, so `clip` goes by a running mean of their norm in the steps
-            before, which begins with a pass of its own. With `spectral` only.
+            of the head is ever kept. With `spectral` only.
         momentum: what first moments of matrices are kept in: `float32`, `bfloat16` or `int8`. With `spectral` only.
         weights: what matrices are kept in: `float32`, or `bfloat16` rounded at random after each step.
         teacher_weight: share of the loss that is the KL to the teacher's distribution, the rest being cross-entropy.
