@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..head import ends
-from ..memory import freed_memory_kept
+from ..memory import freed_memory_kept, release_free
 from ..precision import products
 from ..retraction import absorb_, drift, polar_direction, retract, retract_, tangent
 from ..spectral import SpectralLayer
@@ -144,6 +144,8 @@ def train(
                     f"step {state.step + 1}: {what}; lower the rates; files of earlier steps are as they were"
                 )
             state.is_whole = False
+            if options.step_in_backward:
+                release_free()  # what moves now, embeddings and head, fits into no hole that the blocks left
             state.optimizer.step()
             state.step += 1
             last = state.step == options.steps

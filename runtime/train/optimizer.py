@@ -130,7 +130,8 @@ class SpectralAdam(Optimizer):
             X = X.float() - group["rate"] * self._polar(first)
         else:
             by = rows, columns = self._by_rows_and_columns(gradient, states, group)
-            X = X.float() - self._tangent(X, (first * rows).mul_(columns))
+            del gradient  # as large as what comes now
+            X = self._tangent(X, (first * rows).mul_(columns)).neg_().add_(X)
         X = self._retract(X) if self._retract else X
         for place, (parameter, state) in enumerate(zip(batch, states, strict=True)):
             lost = self._put(parameter, X[place], state)
@@ -227,14 +228,14 @@ def _unit(state: dict[str, Any], eps: float) -> Tensor | float:
 
 
 def _owe_(first: Tensor, lost: Tensor, by: Tensor, beta: float) -> None:
-    """Puts what rounding took from a parameter into its momentum, float32, so that coming steps give it back.
+    """Puts what rounding took from a parameter into its momentum, float32, so that coming steps give it back; spends `lost`.
 
     A step is `by * first`, and what is in a momentum stays there by `beta`: of `(1 / beta - 1) lost / by` all of `lost` arrives,
     a tenth of what is still missing a step. So roundings do not add up over a run. (Without master weights, as ECO,
     Nikdan et al., arXiv 2601.22101, has it.)
     """
-    share = torch.where(by > torch.finfo(by.dtype).tiny, (1.0 / beta - 1.0) / by, 0.0)
-    first.addcmul_(lost, share, value=-1.0)
+    owed = lost.div_(by).mul_(1.0 / beta - 1.0).masked_fill_(by <= torch.finfo(by.dtype).tiny, 0.0)
+    first.sub_(owed)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sctconv.convert.scratch import initial_files, initialise
 from sctconv.runtime.memory import installed_bytes
 from sctconv.runtime.spectral import SpectralLinear
-from tests.benchmarks.llama70b_step import measured
+from tests.benchmarks.llama70b_step import measured, saved_tokenizer
 from tests.benchmarks.measure import ROOT, header
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 2048, 8192, 49_152
@@ -59,6 +59,7 @@ def main() -> None:
     if arguments.model is not None:  # a row's own process
         print(json.dumps(_measured(arguments.rows[0], arguments.model, arguments.layers, arguments.steps)))
         return
+    saved_tokenizer()
     header(f"a step of a 1.7B shape, {arguments.layers} layers, 256 tokens")
     print(f"{'':8}{'rank':>6}{'parameters':>13}{'MLP':>10}{'peak GB':>10}{'s a step':>10}", flush=True)
     with tempfile.TemporaryDirectory() as directory:
