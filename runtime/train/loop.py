@@ -137,7 +137,7 @@ def train(
             left = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             if options.clip and not isinstance(state.optimizer, SpectralAdam):
                 nn.utils.clip_grads_with_norm_(parameters, options.clip, left)
-            norm = math.hypot(math.sqrt(stepping.squares), float(left))
+            norm = math.sqrt(float(stepping.squares) + float(left) ** 2)
             if not math.isfinite(total) or not math.isfinite(norm):
                 what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
                 raise TrainError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..head import ends
@@ -28,7 +28,8 @@ class Stepping:
     """
 
     def __init__(self, model: Any, optimizer: Optimizer | None) -> None:
-        self.on, self.squares = False, 0.0
+        self.on = False
+        self.squares: Tensor | float = 0.0
         self._hooks: list[Any] = []
         if not isinstance(optimizer, SpectralAdam):
             return
@@ -42,7 +43,7 @@ class Stepping:
     def _hook(self, optimizer: SpectralAdam) -> Callable[[nn.Parameter], None]:
         def move(parameter: nn.Parameter) -> None:
             if self.on and parameter.grad is not None:
-                self.squares += float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)) ** 2
+                self.squares += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
                 optimizer.step_one(parameter)
                 parameter.grad = None
 
