@@ -31,7 +31,7 @@ TUNING: Final = {
     "rate": 1e-4,
     "angle": 3e-3,
     "singular_rate": 1e-3,
-    "norm_rate": 1e-4,
+    "norm_rate": 3e-4,
     "embedding_rate": 0.0,
 }
 """Rates for a model that knows something already: gentle, and its embeddings stay."""
