@@ -185,6 +185,7 @@ class TrainOptions:
         rates: dict[str, Any] = dict(SCRATCH if scratch else TUNING)
         if self.optimizer == "adamw":
             del rates["direction"]
+            rates["norm_rate"] = rates["rate"]
             rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate) if self.rate is not None else {}
         answers = {**rates, "bf16": self.weights == "bfloat16" or has_fast_bf16(device)}
         return replace(self, **{name: answer for name, answer in answers.items() if getattr(self, name) is None})

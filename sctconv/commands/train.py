@@ -43,7 +43,9 @@ from .common import DTYPE, Size, print_json, progress_bar, size
     "--angle", type=float, help="Radians that a column of U or V turns in a step.  [default: 0.003; 0.05 after init]"
 )
 @click.option("--singular-rate", type=float, help="Relative change of s in a step.  [default: 0.001; 0.01 after init]")
-@click.option("--norm-rate", type=float, help="Of norms and biases.  [default: as --rate]")
+@click.option(
+    "--norm-rate", type=float, help="Of norms and biases.  [default: 3e-4; 1e-3 after init; with adamw as --rate]"
+)
 @click.option(
     "--embedding-rate", type=float, help="Of embeddings and head.  [default: 0, they stay; as --rate after init]"
 )

@@ -99,6 +99,8 @@ def test_rates_suit_a_model_that_was_begun_and_one_that_knows_something(tmp_path
         assert {name: options_used[name] for name in rates} == rates
     adamw = TrainOptions(optimizer="adamw", rate=5e-4).resolved(torch.device("cpu"))
     assert (adamw.norm_rate, adamw.embedding_rate) == (5e-4, 5e-4), "one rate for everything"
+    adamw = TrainOptions(optimizer="adamw").resolved(torch.device("cpu"))
+    assert adamw.norm_rate == adamw.rate == TUNING["rate"]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
