@@ -146,6 +146,9 @@ def train(
     stand NEW.metrics.jsonl, a line a step, NEW.train.html with curves, NEW.tensorboard if TensorBoard is installed, and
     NEW.last.sct if the last step was not the best.
     """
+    from sctconv.runtime.memory import large_pages
+
+    large_pages()  # before anything imports torch
     from sctconv.errors import OptionError
     from sctconv.report.training import write_training_report
     from sctconv.runtime.train import Files, TeacherSource, TrainOptions, estimate, fitted, run

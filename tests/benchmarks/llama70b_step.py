@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig
 
 from sctconv.convert.scratch import initial_files, initialise
-from sctconv.runtime.memory import peak_rss_bytes
+from sctconv.runtime.memory import large_pages, peak_rss_bytes
 from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.spectral import SpectralLinear
 from sctconv.runtime.train import TrainOptions, load_data, load_weights, train
@@ -166,6 +167,13 @@ def saved_tokenizer() -> Path:
     return place
 
 
+def in_process(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a row; each of them, the baselines too, has the large pages that `sctconv train` asks for."""
+    environment = {**os.environ}
+    large_pages(environment)
+    return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+
+
 def _timed(owner: Any, name: str, clock: Callable[[], float], spent: dict[str, float], part: str) -> None:
     """Adds what a function takes to a part."""
     inner = getattr(owner, name)
@@ -235,8 +243,7 @@ def main() -> None:
                 "--layers",
                 str(arguments.layers),
             ]
-            result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(result.stdout.splitlines()[-1])
+            found = json.loads(in_process(command).stdout.splitlines()[-1])
             both = found.get("forward + backward", found.get("forward", 0.0) + found.get("backward", 0.0))
             loss = f"{found['loss']:>8.3f}" if "loss" in found else ""
             print(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,8 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sctconv.convert.scratch import initial_files, initialise
 from sctconv.runtime.memory import installed_bytes
 from sctconv.runtime.spectral import SpectralLinear
-from tests.benchmarks.llama70b_step import measured, saved_tokenizer
-from tests.benchmarks.measure import ROOT, header
+from tests.benchmarks.llama70b_step import in_process, measured, saved_tokenizer
+from tests.benchmarks.measure import header
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 2048, 8192, 49_152
 
@@ -93,8 +92,7 @@ def _print(row: str, rank: str, arguments: argparse.Namespace, model: str) -> No
         return
     command = [sys.executable, "-m", "tests.benchmarks.ranks", "--rows", row, "--model", model]
     command += ["--layers", str(arguments.layers), "--steps", str(arguments.steps)]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(in_process(command).stdout.splitlines()[-1])
     assert found["parameters"] == parameters, (found["parameters"], parameters)
     print(f"{line}{found['peak'] / 1e9:>10.2f}{found['step']:>10.2f}", flush=True)
 

@@ -38,3 +38,25 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
     del held
     release_free()
     assert rss_bytes() < before - (128 << 20)
+
+
+def test_large_tensors_are_mapped_in_large_pages() -> None:
+    """Asked for before torch is imported, which this module does not do."""
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not choice.exists() or "[madvise]" not in choice.read_text():
+        pytest.skip("a system without large pages, or with them everywhere")
+    code = (
+        "import resource, sys\n"
+        "from sctconv.runtime.memory import large_pages\n"
+        "assert 'torch' not in sys.modules\n"
+        "if sys.argv[1] == 'large': large_pages()\n"
+        "import torch\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "kept = torch.ones(64 << 20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {
+        kind: int(subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=True).stdout)
+        for kind in ("small", "large")
+    }
+    assert faults["large"] < 0.5 * faults["small"], faults
