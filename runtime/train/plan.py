@@ -36,6 +36,8 @@ _LOGITS: Final = 4.5
 """Logits in float32 at once: themselves, in bfloat16, their logarithms, the gradient of both."""
 _STACKED: Final = 5
 """Copies of factors that move together that an optimiser's step holds: stacked, gradient, momentum, and products of those."""
+_LATER: Final = 100 << 20
+"""What libraries take once they work: the tokenizer, compiled kernels, pages of code."""
 _ALONE: Final = 2
 """The same of a parameter that moves entry by entry."""
 
@@ -51,7 +53,7 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
     Raises:
         FormatError: the file is damaged. ModelError: transformers cannot build the model.
     """
-    libraries = rss_bytes() if torch.device(device).type == "cpu" else 0
+    libraries = rss_bytes() + _LATER if torch.device(device).type == "cpu" else 0
     with SctFile(path) as file:
         options = options.resolved(torch.device(device), scratch=is_fresh(file.index.metadata))
         files = {name: file.file(name) for name in ("config.json",)}
@@ -77,7 +79,7 @@ def estimate(path: str | os.PathLike[str], options: TrainOptions, device: torch.
         "second moments": sum(_kept(optimizer, parameter, "second_rows", "second") for parameter, _ in trained),
         "gradients": sum(parameter.nbytes for parameter in held) + (4 * largest if at_once else 0),
         "activations": kept + block,
-        "logits": int(_LOGITS * min(logits_bytes(options), 4 * tokens * vocabulary)),
+        "logits": int(_LOGITS * min(logits_bytes(options), 4 * tokens * vocabulary)) + _cut_head(model, options),
         "step": 4 * _step(trained, options),
     }
     return {**parts, "peak": sum(parts.values())}
@@ -173,6 +175,14 @@ def _activations(model: Any, options: TrainOptions) -> tuple[int, int]:
     ranks = [layer.rank for layer in model.modules() if isinstance(layer, SpectralLayer)]
     width = 2 if options.bf16 else 4
     return len(blocks) * 2 * max(ranks, default=0) * ids.numel() * width + 2 * state.numel() * 4, once
+
+
+def _cut_head(model: Any, options: TrainOptions) -> int:
+    """Bytes of a dense head in bfloat16, where products are; a factored one's are few."""
+    head = model.get_output_embeddings()
+    if head is None or isinstance(head, SpectralLayer) or not options.bf16 or options.weights == "bfloat16":
+        return 0
+    return 2 * int(head.weight.numel())
 
 
 def _storage(tensor: Tensor) -> int:
