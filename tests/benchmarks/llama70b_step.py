@@ -6,8 +6,8 @@
 and v added in place of attention, no embedding, no head, AdamW on everything, `torch.linalg.qr` matrix by matrix. The other
 rows are the architecture itself (rotary, causal softmax attention, RMSNorm, vocabulary 128,256, embedding and head factored
 too) from `sctconv init`, trained by `sctconv.runtime.train.train` on windows of 256 tokens of WikiText-2 with its
-cross-entropy. Each row is a process of its own; `peak` is what the operating system (or torch, on a GPU) says; times are of the last
-step. `optimiser` of ours has the retraction in it, which is also given alone.
+cross-entropy. Each row is a process of its own; `peak` is what the operating system (or torch, on a GPU) says, `planned` what
+`--plan` does; times are of the last step. `optimiser` of ours has the retraction in it, which is also given alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sctconv.convert.scratch import initial_files, initialise
 from sctconv.runtime.memory import large_pages, peak_rss_bytes
 from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.spectral import SpectralLinear
-from sctconv.runtime.train import TrainOptions, load_data, load_weights, train
+from sctconv.runtime.train import TrainOptions, estimate, load_data, load_weights, train
 from sctconv.runtime.train.optimizer import SpectralAdam
 from sctconv.sources import open_source
 from tests.benchmarks.measure import ROOT, header
@@ -127,10 +127,7 @@ def measured(source: Path | nn.Module, settings: dict[str, Any], device: torch.d
 
 def ours(source: Path | nn.Module, settings: dict[str, Any], device: torch.device, steps: int) -> dict[str, float]:
     """The same of ours, of a .sct file or a model; forward and backward are one, as with the levers they are interleaved."""
-    options = TrainOptions(
-        steps=steps, batch=1, micro_batch=1, context=CONTEXT, held_out=0.2, eval_every=0,
-        embedding_rate=1e-3, **settings,
-    )  # fmt: skip
+    options = chosen(settings, steps)
     clock, spent = _clock(device), {"optimiser": 0.0, "retraction": 0.0}
     _timed(SpectralAdam, "_move", clock, spent, "optimiser")
     _timed(sys.modules["sctconv.runtime.train.loop"], "retract", clock, spent, "retraction")
@@ -157,6 +154,14 @@ def ours(source: Path | nn.Module, settings: dict[str, Any], device: torch.devic
     both = step - found.get("optimiser", 0.0)
     counts = {"tokens": CONTEXT, "parameters": sum(parameter.numel() for parameter in model.parameters())}
     return {"step": step, "forward + backward": both, **found, **{name: float(n) for name, n in counts.items()}}
+
+
+def chosen(settings: dict[str, Any], steps: int) -> TrainOptions:
+    """A row's options."""
+    return TrainOptions(
+        steps=steps, batch=1, micro_batch=1, context=CONTEXT, held_out=0.2, eval_every=0,
+        direction="adam", embedding_rate=1e-3, **settings,
+    )  # fmt: skip
 
 
 def saved_tokenizer() -> Path:
@@ -225,7 +230,7 @@ def main() -> None:
     saved_tokenizer()  # before a row's process would
     header(f"a step of a 70B shape, rank {RANK}, {arguments.layers} layers, {device}")
     print(
-        f"{'':24}{'peak GB':>9}{'s a step':>10}{'fwd + bwd':>11}{'optimiser':>11}{'retraction':>12}{'tokens/s':>10}{'loss':>8}",
+        f"{'':24}{'peak GB':>9}{'planned':>9}{'s a step':>10}{'fwd + bwd':>11}{'optimiser':>11}{'retraction':>12}{'tokens/s':>10}{'loss':>8}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -245,9 +250,13 @@ def main() -> None:
             ]
             found = json.loads(in_process(command).stdout.splitlines()[-1])
             both = found.get("forward + backward", found.get("forward", 0.0) + found.get("backward", 0.0))
+            settings = ROWS[row]
+            planned = f"{'':9}"
+            if settings is not None:
+                planned = f"{estimate(model, chosen(settings, arguments.steps), device)['peak'] / 1e9:>9.2f}"
             loss = f"{found['loss']:>8.3f}" if "loss" in found else ""
             print(
-                f"{row:24}{found['peak'] / 1e9:>9.2f}{found['step']:>10.2f}{both:>11.2f}{found['optimiser']:>11.2f}"
+                f"{row:24}{found['peak'] / 1e9:>9.2f}{planned}{found['step']:>10.2f}{both:>11.2f}{found['optimiser']:>11.2f}"
                 f"{found['retraction']:>12.2f}{found['tokens'] / found['step']:>10.1f}{loss}",
                 flush=True,
             )
