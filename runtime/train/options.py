@@ -43,9 +43,11 @@ SCRATCH: Final = {
 
 | rank | the paper's AdamW | adam | polar |
 |---|---|---|---|
-| 32 | 2.533 | 0.03: 2.589, 0.1: 2.453 | 0.02: 2.228, 0.05: 2.165 |
-| 64 | 2.497 | | 0.05: 2.081 |
-| 128 | 2.461 | 0.02: 2.492, 0.04: 2.472, 0.1: 2.796 | 0.02: 2.123, 0.05: 2.135 |
+| 32 | 2.533 | 0.03: 2.589, 0.1: 2.453 | 0.02: 2.228, 0.05: 2.165, 2.148 * |
+| 64 | 2.497 | | 0.05: 2.081, 2.085 * |
+| 128 | 2.461 | 0.02: 2.492, 0.04: 2.472, 0.1: 2.796 | 0.02: 2.123, 0.05: 2.135, 2.095 * |
+
+(* each parameter's gradient clipped alone, as now.)
 
 Of the other rates, at rank 32 after 60 steps of adam at 0.1: s at 0.003 2.693, 0.01 2.678, 0.03 2.758; embeddings at 3e-3 2.712.
 A calibrated start gains nothing by polar: perplexity after 100 steps 45.0 at 0.002, adam at 0.003 42.9 with second moments by
