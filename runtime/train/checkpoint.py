@@ -227,7 +227,7 @@ def _counts(model: nn.Module, state: TrainState) -> Iterator[tuple[str, int]]:
     """How often each parameter was moved: fewer times than the steps, if some gave it no gradient."""
     for name, parameter in _trained(model, state):
         moments = state.optimizer.state.get(parameter, {})
-        yield name, int(moments.get("step" if isinstance(state.optimizer, torch.optim.AdamW) else "count", 0))
+        yield name, int(moments.get("count", moments.get("step", 0)))  # AdamW's name for it
 
 
 def _trained(model: nn.Module, state: TrainState) -> Iterator[tuple[str, nn.Parameter]]:

@@ -32,12 +32,12 @@ from .options import TrainError, TrainOptions
 from .reversal import is_reversible, model_blocks
 from .run import is_fresh
 
+_LATER: Final = 64 << 20
+"""What libraries take once they work: the tokenizer, compiled kernels, pages of code."""
 _LOGITS: Final = 4.5
 """Logits in float32 at once: themselves, in bfloat16, their logarithms, the gradient of both."""
 _STACKED: Final = 5
 """Copies of factors that move together that an optimiser's step holds: stacked, gradient, momentum, and products of those."""
-_LATER: Final = 64 << 20
-"""What libraries take once they work: the tokenizer, compiled kernels, pages of code."""
 _ALONE: Final = 2
 """The same of a parameter that moves entry by entry."""
 

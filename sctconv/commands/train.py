@@ -50,7 +50,12 @@ from .common import DTYPE, Size, print_json, progress_bar, size
     "--embedding-rate", type=float, help="Of embeddings and head.  [default: 0, they stay; as --rate after init]"
 )
 @click.option("--weight-decay", default=0.0, show_default=True, help="Of s.")
-@click.option("--clip", default=1.0, show_default=True, help="Largest norm of the gradient; 0 for none.")
+@click.option(
+    "--clip",
+    default=1.0,
+    show_default=True,
+    help="Largest norm of the gradient, with spectral in equal shares for all parameters; 0 for none.",
+)
 @click.option("--schedule", type=click.Choice(["cosine", "wsd", "constant"]), default="cosine", show_default=True)
 @click.option("--warm-up", default=0.05, show_default=True, help="Share of the steps in which rates rise.")
 @click.option(

@@ -32,8 +32,9 @@ Those clipped the gradients of all parameters together. Each alone, 40 steps giv
 | dense matrices, 1e-4 | 48.0 / 703 | | 48.2 / 679 | 48.9 / 658 | |
 | norms, 1e-4 | 48.2 / 678 | | 48.2 / 679 | 47.9 / 666 | 47.8 / 663 |
 
-(* clipped together; ** norms at 3e-4.) The angle is what matters, and 0.003 is near the best for this text; a third of it forgets less of the
-other one. Norms want more than they had and are now at 3e-4, which gives 47.9 / 666; embeddings at 1e-5 beside that 47.8 / 673. Of s and of the dense matrices' rate little depends.
+(* clipped together; ** norms at 3e-4.) The angle is what matters, and 0.003 is near the best for this text; a third of it
+forgets less of the other one. Norms want more than they had and are now at 3e-4, which gives 47.9 / 666; embeddings at 1e-5
+beside that 47.8 / 673. Of s and of the dense matrices' rate little depends.
 """
 
 from __future__ import annotations

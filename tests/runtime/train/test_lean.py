@@ -208,8 +208,9 @@ def test_small_gradients_keep_a_momentum_in_8_bits(kind: str) -> None:
             parameter.grad = scales * (1.0 + torch.randn(256, 2, generator=generator))
             optimizer.step()
         moved.append(parameter.detach() - begin)
-    assert moved[0].norm(dim=1).min() > 5e-4, "all rows move"
-    assert (moved[1] - moved[0]).norm(dim=1).max() < 0.1 * moved[0].norm(dim=1).min()
+    least = {"plain": 5e-3, "stiefel": 2e-3}[kind]
+    assert moved[0].max() < 0.0 and moved[0].norm(dim=1).min() > least, "all go down their gradient"
+    assert (moved[1] - moved[0]).norm(dim=1).max() < 0.05 * moved[0].norm(dim=1).min()
 
 
 @pytest.mark.parametrize(
