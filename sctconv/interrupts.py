@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
@@ -22,7 +23,7 @@ _PATIENCE: Final = 1.5
 """Seconds in which the main thread is to be on its way out."""
 
 _LOOK: Final = 0.05
-"""Seconds between looks at it after that."""
+"""Seconds between looks at it."""
 
 
 @contextlib.contextmanager
@@ -32,7 +33,9 @@ def interruptible(last_line: Callable[[list[str]], str]) -> Iterator[Callable[[]
     Python raises it only when the call that the thread is in returns: a decomposition may take minutes. So another thread hears
     of the signal at once (`signal.set_wakeup_fd`). It gives the main one a second and a half; then, unless that is busy
     cleaning up, it removes what is half-written, prints the last line and ends the process. A call that never lets go of
-    Python's lock holds up this thread too. A signal that was ignored on entry stays so (`nohup`, shells' background jobs).
+    Python's lock holds up this thread too. Where an exception raised in the middle of a library is lost there (a bare `except`,
+    C code that clears what a method of ours raised), the signal is sent again. One that was ignored on entry stays so (`nohup`,
+    shells' background jobs).
 
     Args:
         last_line: of the notes on what was kept, what to print.
@@ -55,28 +58,36 @@ def interruptible(last_line: Callable[[list[str]], str]) -> Iterator[Callable[[]
             signal.signal(number, handler)
 
 
+class _Interrupt(KeyboardInterrupt):
+    """Can be referred to weakly, so that it is known when it has gone."""
+
+
 class _Watch:
     """Ends the process some time after a signal.
 
     Attributes:
-        is_noticed: whether the main thread knows of the signal.
         ends: whether the process is being ended.
     """
 
     def __init__(self, last_line: Callable[[list[str]], str]) -> None:
-        self.is_noticed = self.ends = False
+        self.ends = False
         self._last_line = last_line
+        self._raised: weakref.ref[_Interrupt] | None = None  # once the main thread knows of the signal
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """The signals' handler."""
-        self.is_noticed = True
         while self.ends:  # nothing may be undone twice
             time.sleep(_LOOK)
-        raise KeyboardInterrupt
+        raise self._new(number)  # that no local name holds: it would outlive its being lost
+
+    def _new(self, number: int) -> _Interrupt:
+        error = _Interrupt(number)
+        self._raised = weakref.ref(error)
+        return error
 
     def leave(self) -> None:
         """Ends the process if a signal came."""
-        if self.is_noticed:
+        if self._raised is not None:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more
                     stream.flush()
@@ -97,22 +108,28 @@ class _Watch:
 
     def _listen(self) -> None:
         deadline: float | None = None
+        number = signal.SIGINT
         while True:
-            self._heard.settimeout(None if deadline is None else max(_LOOK, deadline - time.monotonic()))
+            self._heard.settimeout(None if deadline is None else _LOOK)
             try:
-                numbers = self._heard.recv(64)
+                heard = self._heard.recv(64)
             except TimeoutError:
-                self._end()
+                assert deadline is not None
+                if time.monotonic() >= deadline:
+                    self._end()
+                elif self._raised is not None and self._raised() is None:  # lost
+                    self._raised = None
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
                 continue
-            if not numbers:
+            if not heard:
                 return  # the command is over
-            if {signal.SIGINT, signal.SIGTERM} & set(numbers):
+            for number in {signal.SIGINT, signal.SIGTERM} & set(heard):
                 deadline = deadline or time.monotonic() + _PATIENCE
 
     def _end(self) -> None:
         """Ends the process, unless the main thread is cleaning up."""
         self.ends = True
-        if self.is_noticed and is_unwinding():
+        if self._raised is not None and self._raised() is not None and is_unwinding():
             self.ends = False
             return
         end = "\n" if sys.stderr.isatty() else ""  # below what a progress bar has drawn

@@ -58,6 +58,24 @@ _BODIES = {
         print("ready", flush=True)
         try: time.sleep(600)
         except KeyboardInterrupt: time.sleep(600)""",
+    "where a library loses it while a file is open": """
+        with atomic_file(output) as file:
+            print("ready", flush=True)
+            try: time.sleep(600)
+            except: pass
+            time.sleep(600)""",
+    "where a library loses it and computes on": """
+        with atomic_file(output) as file:
+            print("ready", flush=True)
+            try: time.sleep(600)
+            except: pass
+            long_call()""",
+    "where a library loses every one": """
+        with atomic_file(output) as file:
+            print("ready", flush=True)
+            while True:
+                try: time.sleep(600)
+                except: pass""",
 }
 
 _CLEANING = {
