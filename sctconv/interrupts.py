@@ -123,7 +123,8 @@ class _Watch:
                 continue
             if not heard:
                 return  # the command is over
-            for number in {signal.SIGINT, signal.SIGTERM} & set(heard):
+            if to_end := {signal.SIGINT, signal.SIGTERM} & set(heard):
+                number = min(to_end)
                 deadline = deadline or time.monotonic() + _PATIENCE
 
     def _end(self) -> None:
