@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -99,44 +99,93 @@ def restore(
             (see `save_checkpoint`); the first that differs is named.
     """
     with SctFile(path) as file:
-        training = file.index.metadata.get("training")
-        if not isinstance(training, dict) or not any(name.startswith(_MOMENTS) for name in file.index.tensors):
+        kept, tensors = file.index.metadata.get("training"), file.index.tensors
+        if not isinstance(kept, dict) or not any(name.startswith(_MOMENTS) for name in tensors):
             raise TrainError(f"{path}: a model, not a checkpoint of a run; train it without --resume")
-        mine = {**options.to_json(), **facts}
-        theirs = {**training.get("options", {}), **training.get("facts", {})}
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise TrainError(
-                    f"{path}: was made with {name} {theirs.get(name)}, not {value}; resume it as it was begun"
-                )
-        for entry in file.index.tensors.values():
+        run = _Run.parsed(kept, path)
+        for name, value in {**options.to_json(), **facts}.items():
+            if run.identity.get(name) != value:
+                theirs = run.identity.get(name)
+                raise TrainError(f"{path}: was made with {name} {theirs}, not {value}; resume it as it was begun")
+        for entry in tensors.values():
             file.verify(entry)
-        tensors = file.index.tensors
         with torch.no_grad():
             for name, place in model.state_dict(keep_vars=True).items():
                 if name in tensors:
-                    place.copy_(mapped_tensor(file, tensors[name]))
+                    place.copy_(_read(file, name, place.shape))
             for name, layer in _layers(model):
-                if f"{_MOMENTS}order.{name}" in tensors:
-                    _disorder_(layer, mapped_tensor(file, tensors[f"{_MOMENTS}order.{name}"]))
+                if (place := f"{_MOMENTS}order.{name}") in tensors:
+                    _disorder_(layer, _checked_order(_read(file, place, layer.s.shape), path, name))
         for name, parameter in _trained(model, state):
+            fresh = state.optimizer.state.get(parameter, {})
             moments = {
-                key: mapped_tensor(file, tensors[f"{_MOMENTS}{kind}.{name}"]).clone().to(parameter.device)
+                key: _read(file, place, fresh[key].shape if key in fresh else parameter.shape).to(parameter.device)
                 for kind, key in _names(state).items()
-                if f"{_MOMENTS}{kind}.{name}" in tensors
+                if (place := f"{_MOMENTS}{kind}.{name}") in tensors
             }
-            if missing := state.optimizer.state.get(parameter, {}).keys() - {*moments, "count"}:
+            if missing := fresh.keys() - {*moments, "count"}:
                 raise TrainError(
                     f"{path}: lacks {', '.join(sorted(missing))} of {name}, as another version of sctconv left it; "
                     "train its weights on without --resume"
                 )
-            count = training.get("counts", {}).get(name, training["step"])
+            count = run.counts.get(name, run.step)
             if not isinstance(state.optimizer, torch.optim.AdamW):
                 state.optimizer.state[parameter] = {**moments, "count": count}
             elif count:  # AdamW keeps nothing of what it has not moved yet
                 state.optimizer.state[parameter] = {**moments, "step": torch.tensor(float(count))}
-        kept = {name: training[name] for name in ("step", "best", "best_step", "looks")}
-        return replace(state, **kept)
+    return replace(state, step=run.step, best=run.best, best_step=run.best_step, looks=run.looks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a checkpoint says of its run, see `save_checkpoint`; `identity` is its options and facts, by name."""
+
+    identity: dict[str, Any]
+    step: int
+    best: float
+    best_step: int
+    looks: int
+    counts: dict[str, int]
+
+    @classmethod
+    def parsed(cls, kept: Mapping[str, Any], path: str | os.PathLike[str]) -> _Run:
+        """Of JSON that anybody may have written."""
+
+        def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+            value = kept.get(name, default)
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+                raise TrainError(
+                    f"{path}: what it says of its run is damaged ({name} is {value!r:.40}); go on from another checkpoint"
+                )
+            return value
+
+        counts = {str(name): count for name, count in get("counts", dict, {}).items()}
+        if any(type(count) is not int or count < 0 for count in counts.values()):
+            raise TrainError(f"{path}: what it says of its run is damaged (counts); go on from another checkpoint")
+        return cls(
+            identity={**get("options", dict), **get("facts", dict)},
+            step=get("step", int),
+            best=float(get("best", (int, float))),
+            best_step=get("best_step", int),
+            looks=get("looks", int),
+            counts=counts,
+        )
+
+
+def _read(file: SctFile, name: str, shape: torch.Size) -> Tensor:
+    """A copy of a tensor that is to have some shape."""
+    entry = file.index.tensors[name]
+    if tuple(entry.shape) != tuple(shape):
+        raise TrainError(
+            f"{file.path}: {name} is {tuple(entry.shape)}, the model's {tuple(shape)}; resume it with the model it began with"
+        )
+    return mapped_tensor(file, entry).clone()
+
+
+def _checked_order(order: Tensor, path: str | os.PathLike[str], name: str) -> Tensor:
+    if order.is_floating_point() or not torch.equal(order.abs().sort().values, torch.arange(1, len(order) + 1)):
+        raise TrainError(f"{path}: the order of {name}'s columns is damaged; go on from another checkpoint")
+    return order
 
 
 def _write(

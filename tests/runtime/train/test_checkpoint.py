@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import sctconv
 from sctconv import SctFile
+from sctconv.formats.writer import SctWriter
 from sctconv.runtime.spectral import SpectralLayer
 from sctconv.runtime.train import (
     TrainError,
@@ -128,6 +130,50 @@ def test_another_run_is_not_resumed(factored: Path, tmp_path: Path) -> None:
             restore(model, fresh, options, {**FACTS, name: value}, tmp_path / "c.sct")
     with pytest.raises(TrainError, match="a model, not a checkpoint"):
         restore(model, fresh, options, FACTS, tmp_path / "m.sct")
+
+
+def _rewritten(path: Path, training: dict[str, Any], **tensors: np.ndarray) -> Path:
+    """The checkpoint with other words of its run, or other tensors."""
+    with SctFile(path) as file:
+        metadata = file.index.metadata | {"training": file.index.metadata["training"] | training}
+        with SctWriter(path.with_name("rewritten.sct"), overwrite=True, metadata=metadata) as out:
+            for name in file.index.tensors:
+                out.add_tensor(name, tensors.get(name, file.tensor(name)))
+            out.commit()
+    return path.with_name("rewritten.sct")
+
+
+def test_a_damaged_checkpoint_is_named(factored: Path, tmp_path: Path) -> None:
+    """Whoever wrote it: each is one line, and nothing of it reaches a run."""
+    model, data, options = sctconv.load(factored).model, windows(factored), quick(steps=2)
+    state = train(model, data, options)
+    path = tmp_path / "c.sct"
+    with SctFile(factored) as source:
+        save_checkpoint(model, source, state, options, FACTS, path)
+    damage: dict[str, list[Any]] = {
+        "options": [None, [1], "x"],
+        "facts": [None, 3],
+        "step": [None, "2", -1, 2.5, True],
+        "best": [None, "low", [1.0]],
+        "best_step": [-2, {}],
+        "looks": ["1", -1],
+        "counts": [[1], {"lm_head.weight": "two"}, {"lm_head.weight": -1}],
+    }
+    for name, values in damage.items():
+        for value in values:
+            with pytest.raises(TrainError, match=rf"rewritten.sct: what it says of its run is damaged \({name}"):
+                restore(model, start(model, options), options, FACTS, _rewritten(path, {name: value}))
+    with SctFile(path) as file:
+        order = next(name for name in file.index.tensors if name.startswith("optimizer.order."))
+        moment = next(name for name in file.index.tensors if name.startswith("optimizer.first."))
+        places, weight = file.tensor(order), moment.removeprefix("optimizer.first.")
+        small = file.tensor(moment)[:-1]
+    for bad in (np.ones_like(places), places * 2, places - 1, places.astype(np.float32)):
+        with pytest.raises(TrainError, match="columns is damaged"):
+            restore(model, start(model, options), options, FACTS, _rewritten(path, {}, **{order: bad}))
+    for name in (moment, weight):
+        with pytest.raises(TrainError, match=rf"{name} is .*; resume it with the model it began with"):
+            restore(model, start(model, options), options, FACTS, _rewritten(path, {}, **{name: small}))
 
 
 def test_what_was_trained_is_what_is_saved(factored: Path, tmp_path: Path) -> None:
