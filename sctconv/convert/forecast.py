@@ -25,16 +25,13 @@ from sctconv.sources.weights import DenseModel
 from .budget import plan_memory
 from .calibration import HELD_OUT
 from .decoder import Decoder
-from .fit import Moments, closed_form, closed_form_dense
+from .fit import Moments, closed_form, closed_form_dense, closed_form_dual
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, is_fittable
 
 _SIDE: Final = 4096
 """Matrices with two larger sides are timed at smaller ones, above `EXACT_SIDE`, so that the method is the same. At half of this
 what goes by the sides, not by their product, would be most of the time: 8192 x 28672 were forecast at three times what they took."""
-
-_MOMENTS_SIDE: Final = 1024
-"""The same for closed forms."""
 
 _COPIED: Final = 500e6
 """Bytes a second that are read, cast and written."""
@@ -104,22 +101,39 @@ def _calibrated(model: DenseModel, planned: list[LayerPlan], options: ConvertOpt
     rate, slow = _product_rate(batch, bf16, device), _product_rate(batch, False, device)
     seconds += 2.0 * weights * (_PASSES * tokens + _METRIC_PASSES) / rate
     for (m, n, rank), count in shapes.items():
-        sums = 2.0 * tokens * n * (n + min(m, n)) + 2.0 * 8192 * m * min(m, 8192)
-        seconds += count * (sums / slow + _closed_form_seconds(m, min(n, memory.gram_side), rank, device))
+        metric = 2.0 * 8192 * m * min(m, 8192)
+        if n <= memory.gram_side:
+            sums = 2.0 * tokens * n * (n + min(m, n))
+            seconds += count * ((metric + sums) / slow + _closed_form_seconds(m, n, rank, device))
+        elif rank is not None:  # from the tokens themselves; what is to stay dense there stays as it is
+            seconds += count * (metric / slow + _dual_seconds(m, n, rank, memory.dual_tokens, device))
     return Forecast(seconds, memory.estimate)
 
 
 def _closed_form_seconds(m: int, n: int, rank: int | None, device: torch.device) -> float:
-    shrunk = max(1.0, max(m, n) / _MOMENTS_SIDE)
-    m, n = max(2, int(m / shrunk)), max(2, int(n / shrunk))
-    W, x = _random(m, n, device), _random(2 * n, n, device).double()
-    K = x.T @ x
+    a, b = min(m, _SIDE), min(n, _SIDE)
+    W, K = _random(a, b, device), torch.eye(b, dtype=torch.float64, device=device)
 
     def run() -> object:
-        moments = Moments(K, K.clone(), 1.0, len(x), W=W)
-        return closed_form_dense(moments, prior=W) if rank is None else closed_form(moments, min(rank, m, n), prior=W)
+        moments = Moments(K, K.clone(), 1.0, b, W=W)
+        return closed_form_dense(moments, prior=W) if rank is None else closed_form(moments, min(rank, a, b), prior=W)
 
-    return shrunk**3 * _seconds(run, device)
+    return n * n * (m + n) / (b * b * (a + b)) * _seconds(run, device)  # products of n x n, and of m x n by that
+
+
+def _dual_seconds(m: int, n: int, rank: int, tokens: int, device: torch.device) -> float:
+    a, b = min(m, _SIDE), min(n, _SIDE)
+    W, x = _random(a, b, device), _random(tokens, b, device)
+    y = x @ W.T
+
+    def run() -> object:
+        return closed_form_dual(x, y.clone(), min(rank, a, b), prior=W)
+
+    def operations(m: int, n: int) -> float:
+        """Outputs' Gram matrix, the full solution, the tokens' Gram matrix and its root."""
+        return n * m * m + m * n * tokens + tokens**2 * (m + n)
+
+    return operations(m, n) / operations(a, b) * _seconds(run, device)
 
 
 def _product_rate(tokens: int, bf16: bool, device: torch.device) -> float:
