@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig
 
 from sctconv.convert.scratch import initial_files, initialise
+from sctconv.formats.atomic_dir import atomic_directory
 from sctconv.runtime.memory import large_pages, peak_rss_bytes
 from sctconv.runtime.skeleton import load_tokenizer
 from sctconv.runtime.spectral import SpectralLinear
@@ -168,7 +169,8 @@ def saved_tokenizer() -> Path:
     """SmolLM2's, in files as a .sct file has them: reading it from the GGUF would leave 200 MB in a row's peak."""
     place = real_gguf().with_name("tokenizer")
     if not place.exists():
-        load_tokenizer(open_source(str(real_gguf())).files).save_pretrained(place)  # type: ignore[union-attr]
+        with atomic_directory(place) as made:
+            load_tokenizer(open_source(str(real_gguf())).files).save_pretrained(made)  # type: ignore[union-attr]
     return place
 
 
