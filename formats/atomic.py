@@ -130,15 +130,17 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuses a target that cannot or must not be written.
 
     Raises:
-        OutputError: `target` is a directory, its directory is missing or read-only, or it exists and may not be
-            replaced.
+        OutputError: `target` is a directory, a device or a pipe, its directory is missing or read-only, or it exists and may
+            not be replaced.
     """
     try:
-        is_directory, exists = target.is_dir(), target.exists()
+        is_directory, is_file, exists = target.is_dir(), target.is_file(), target.exists()
     except OSError as error:  # a name too long, a directory above that may not be entered
         raise output_error(target, error) from error
     if is_directory:
         raise OutputError(f"{target}: is a directory; name a file")
+    if exists and not is_file:  # a rename would take the place of /dev/null itself
+        raise OutputError(f"{target}: is a device or a pipe; name a file")
     if exists and not overwrite:
         raise OutputError(f"{target}: exists already; choose another name or pass --overwrite")
     check_parent(target)

@@ -38,13 +38,18 @@ def last_work() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted(note: Callable[[], str | None]) -> Iterator[None]:
-    """Adds a note, if there is one, to whatever exception leaves the block, and to the last line of a process that just ends."""
+def noted(
+    note: Callable[[], str | None], *, but: type[BaseException] | tuple[type[BaseException], ...] = ()
+) -> Iterator[None]:
+    """Adds a note, if there is one, to whatever exception leaves the block, and to the last line of a process that just ends.
+
+    Errors of the kind `but` say themselves what to do.
+    """
     _notes.append(note)
     try:
         yield
     except BaseException as error:
-        if text := note():
+        if not isinstance(error, but) and (text := note()):
             error.add_note(text)
         raise
     finally:

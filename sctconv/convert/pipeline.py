@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 
 import sctconv
+from sctconv.errors import OptionError
 from sctconv.formats.atomic import check_target, part_path
 from sctconv.formats.errors import OutputError
 from sctconv.formats.index import LayerRecord
@@ -34,7 +35,7 @@ from .forecast import Forecast, forecast
 from .options import ConvertOptions
 from .plan import LayerPlan, Plan, make_plan
 from .progress import Progress, of_one
-from .resume import JOURNAL_SECONDS, check_same, check_stopped, fingerprint, fits_path, go_on_with
+from .resume import JOURNAL_SECONDS, check_fits, check_same, check_stopped, fingerprint, fits_path, go_on_with
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,22 @@ def convert(
         key = fingerprint(model, options, texts, progress=progress)
         calibrated = None
         with contextlib.ExitStack() as stack:
-            stack.enter_context(noted(lambda: go_on_with(path)))
+            stack.enter_context(noted(lambda: go_on_with(path), but=OptionError))
             out = stack.enter_context(SctWriter(path, overwrite=overwrite, journaled=True, resume=resume))
             _check_space(path, plan, out)
             _begin(out, model, plan, key)
+            fits = fits_path(path)
             if texts is not None and not out.is_complete:
-                kept = FitStore(fits_path(path), key, resume=resume, journal_seconds=journal_seconds)
+                kept = FitStore(fits, key, resume=resume, journal_seconds=journal_seconds)
                 calibrated = Calibrated(
                     model, plan, options, texts, stack.enter_context(kept), progress=of_one(progress)
                 )
                 plan = calibrated.plan
-            else:  # of a run that was stopped when all but the last step was done, or of another that is overwritten
-                part_path(fits_path(path)).unlink(missing_ok=True)
+            else:
+                if resume and not out.is_complete:
+                    check_fits(path, key)
+                # of a run that was stopped when all but the last step was done, or of another that is overwritten
+                part_path(fits).unlink(missing_ok=True)
             run = Conversion(model, plan, options, device, must_shrink, calibrated, out)
             if not out.is_complete:
                 run.write(progress, journal_seconds)

@@ -15,7 +15,7 @@ import transformers
 import sctconv
 from sctconv.errors import OptionError
 from sctconv.formats.atomic import part_path
-from sctconv.formats.part import check_part
+from sctconv.formats.part import check_part, open_part
 from sctconv.sources.weights import DenseModel
 
 from .calibration import Calibration
@@ -107,6 +107,18 @@ def check_same(metadata: Mapping[str, Any], key: dict[str, Any], part: Path) -> 
         old, new = begun.get(name), key.get(name)
         if old != new:
             raise OptionError(f"{part}: was begun with {name} {_short(old)}, not {_short(new)}; {again}")
+
+
+def check_fits(path: Path, key: dict[str, Any]) -> None:
+    """The same of the fits of a calibrated conversion to `path` that was stopped before it kept anything else.
+
+    Raises:
+        OptionError: as `check_same`. FormatError: they are damaged.
+    """
+    begun = open_part(fits_path(path))
+    if begun is not None:
+        with begun:
+            check_same(begun.index.metadata, key, part_path(fits_path(path)))
 
 
 def _short(value: Any) -> str:

@@ -193,6 +193,20 @@ def test_a_directory_is_no_target(tmp_path, overwrite):
     assert one_line(caught.value, tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_pipe_or_device_is_no_target(tmp_path, overwrite, is_link):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    target = tmp_path / "link" if is_link else pipe
+    if is_link:
+        target.symlink_to(pipe)
+    with pytest.raises(OutputError, match="is a device or a pipe; name a file") as caught:
+        write(target, overwrite=overwrite)
+    assert one_line(caught.value, target) and pipe.is_fifo()
+
+
 def test_a_missing_directory_is_named(tmp_path):
     path = tmp_path / "missing" / "model.sct"
     with pytest.raises(OutputError, match=r"the directory .*missing does not exist; create it first") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
 from sctconv.convert.fit_store import FitStore
+from sctconv.convert.resume import fits_path
 from sctconv.errors import OptionError
 from sctconv.formats.atomic import part_path
 from sctconv.formats.errors import IncompleteError, OutputError, SctError
@@ -138,6 +140,20 @@ def test_other_options_are_refused_by_name(
         _run(source, output, ConvertOptions(**{**options.__dict__, **changes}), resume=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert _run(source, output, options, resume=True).bytes
+
+
+def test_fits_alone_are_not_thrown_away_by_a_conversion_without_data(source: Path, tmp_path: Path) -> None:
+    """Stopped within the sweep there is nothing else yet that a plain conversion could be held against."""
+    output = tmp_path / "out.sct"
+    options = _stopped(source, output, "calibrated", 20)
+    kept = part_path(fits_path(output))
+    part_path(output).unlink()  # which is there only once ten seconds have passed
+    assert list(tmp_path.iterdir()) == [kept]
+    before = kept.read_bytes()
+    with pytest.raises(OptionError, match="was begun with calibration text .*, not none; take that again") as caught:
+        _run(source, output, replace(options, calibration=()), resume=True)
+    assert not getattr(caught.value, "__notes__", [])  # that it is to be gone on with by --resume, say
+    assert list(tmp_path.iterdir()) == [kept] and kept.read_bytes() == before
 
 
 @pytest.mark.parametrize("changed", ["shard", "config.json", "tokenizer.json", "calibration text"])
