@@ -96,18 +96,23 @@ class SctWriter:
         check_part(self.path, overwrite=self._overwrite, resume=self._resume)
         begun = open_part(self.path) if self._resume else None
         keeps = lambda: self._journal is not None  # noqa: E731
-        self._out = self._stack.enter_context(part_file(self.path, overwrite=self._overwrite, is_worth_keeping=keeps))
-        if begun is not None:
-            with begun:
-                self._go_on(begun)
-        else:
-            self._out.truncate(0)
-            self._out.write(Head().pack())
-        self._out.seek(self._end)
+        with contextlib.ExitStack() as stack:
+            self._out = stack.enter_context(part_file(self.path, overwrite=self._overwrite, is_worth_keeping=keeps))
+            if begun is not None:
+                with begun:
+                    self._go_on(begun)
+            else:
+                self._out.truncate(0)
+                self._out.write(Head().pack())
+            self._out.seek(self._end)
+            self._stack = stack.pop_all()
         return self
 
     def _go_on(self, begun: SctFile) -> None:
         index = begun.index
+        self._journal = _Entry(
+            begun.tail.index_offset, begun.head.committed, index.pack()
+        )  # first: damaged, it stays too
         for blob in index.blobs:  # or damage would be sealed
             begun.verify(blob)
         self.metadata.update(index.metadata)
@@ -118,7 +123,6 @@ class SctWriter:
             self._by_content.setdefault((entry.dtype, entry.shape, entry.xxh3), entry)
         self.is_complete = index.complete
         self._end = max((blob.offset + blob.nbytes for blob in index.blobs), default=HEAD_BYTES)
-        self._journal = _Entry(begun.tail.index_offset, begun.head.committed, index.pack())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,6 +19,7 @@ from sctconv.errors import OptionError
 from sctconv.formats.atomic import part_path
 from sctconv.formats.errors import IncompleteError, OutputError, SctError
 from sctconv.formats.reader import SctFile
+from sctconv.formats.unfinished import is_unwinding
 from tests.models import save, tiny_model, tiny_tokenizer
 
 TEXT = "".join(f"Item {place}: {place * place} apples, {place % 7} pears.\n" for place in range(300))
@@ -150,7 +151,7 @@ def test_fits_alone_are_not_thrown_away_by_a_conversion_without_data(source: Pat
     part_path(output).unlink()  # which is there only once ten seconds have passed
     assert list(tmp_path.iterdir()) == [kept]
     before = kept.read_bytes()
-    with pytest.raises(OptionError, match="was begun with calibration text .*, not none; take that again") as caught:
+    with pytest.raises(OptionError, match=r"was begun with calibration text .*, not none; take that again") as caught:
         _run(source, output, replace(options, calibration=()), resume=True)
     assert not getattr(caught.value, "__notes__", [])  # that it is to be gone on with by --resume, say
     assert list(tmp_path.iterdir()) == [kept] and kept.read_bytes() == before
@@ -222,6 +223,7 @@ def test_damage_in_what_was_kept_is_found(source: Path, tmp_path: Path) -> None:
         part.write_bytes(data)
         with pytest.raises(SctError, match="does not match its checksum"):
             _run(source, output, options, resume=True)
+        assert not is_unwinding() and part.read_bytes() == data
         data[entry.offset] ^= 1
         part.write_bytes(data)
     assert _run(source, output, options, resume=True).layers
@@ -234,8 +236,10 @@ def test_stopped_before_the_last_step_its_fits_go_too(
     _run(source, tmp_path / "whole.sct", options)
     with monkeypatch.context() as patch:
 
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
+        def stop(store: FitStore, *_: object) -> None:
+            error = KeyboardInterrupt()
+            store._out.__exit__(KeyboardInterrupt, error, None)
+            raise error
 
         patch.setattr(FitStore, "__exit__", stop)
         with pytest.raises(KeyboardInterrupt):
