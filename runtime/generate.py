@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class GenerateOptions:
     """How to choose the next token. None leaves a value to the model's own generation_config.json.
 
     Attributes:
-        max_new_tokens: where to stop if the model does not.
+        max_new_tokens: where to stop if the model does not; it also stops where its context is full.
         temperature: 0 for the most likely token each time; otherwise divides the logits before sampling.
         top_p: sample from the smallest set of tokens with this probability together.
         top_k: sample from this many most likely tokens.
@@ -44,7 +44,7 @@ class GenerateOptions:
         if self.max_new_tokens < 1:
             raise GenerationError(f"--max-new-tokens {self.max_new_tokens}: at least 1")
         if self.temperature is not None and not 0.0 <= self.temperature < 100.0:
-            raise GenerationError(f"--temperature {self.temperature:g}: at least 0")
+            raise GenerationError(f"--temperature {self.temperature:g}: at least 0, below 100")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise GenerationError(f"--top-p {self.top_p:g}: above 0, at most 1")
         if self.top_k is not None and self.top_k < 1:
@@ -90,6 +90,8 @@ def generate(model: Any, tokenizer: Any, ids: Sequence[int], options: GenerateOp
         raise GenerationError("the prompt is empty")
     if longest and len(ids) >= longest:
         raise GenerationError(f"the prompt has {len(ids)} tokens; the model takes {longest} in all")
+    if longest:
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, longest - len(ids)))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, failure = threading.Event(), []
     inputs = torch.tensor([list(ids)], device=model.device)

@@ -13,6 +13,11 @@ HUB: Final = "hub:"
 """What the name of a dataset on the Hub begins with."""
 
 
+NO_TOKENIZER: Final = (
+    "has no tokenizer; put tokenizer.json beside its weights and convert it again, or give init --tokenizer SRC"
+)
+
+
 class TextError(SctError):
     """A text is missing, unreadable or not text."""
 
@@ -69,7 +74,23 @@ def records(source: str) -> Iterator[dict[str, Any]]:
             record = None
         if not isinstance(record, dict):
             raise TextError(f"{source}: line {number} is not a JSON object")
+        if "\\u" in line:  # how JSON writes what UTF-8 cannot
+            check_characters(json.dumps(record, ensure_ascii=False), f"{source}: line {number}")
         yield record
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuses what no tokenizer takes: half of a surrogate pair, which Python also makes of bytes that are not UTF-8.
+
+    Raises:
+        TextError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{where} is no Unicode text: {text[error.start]!a} stands alone there, half of a character; mend or remove it"
+        ) from None
 
 
 def _content(source: str) -> str:

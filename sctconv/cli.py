@@ -33,6 +33,8 @@ class _Group(click.Group):
         with interruptible(_interrupted) as leave:
             try:
                 return super().invoke(context)
+            except click.UsageError as error:
+                self._misused(error)
             except SctError as error:
                 self._fail("; ".join([str(error), *_notes(error)]), error.exit_code)
             except MemoryError as error:
@@ -49,13 +51,27 @@ class _Group(click.Group):
                 leave()
                 sys.exit(INTERRUPTED)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As click's, with its complaints in one line."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            self._misused(error)
+            raise
+
+    def _misused(self, error: click.UsageError) -> None:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            raise error  # prints the help
+        command = error.ctx.command_path if error.ctx else self.name
+        self._fail(f"{error.format_message().rstrip('.')}; see {command} --help", error.exit_code)
+
     @staticmethod
     def _fail(message: str, code: int) -> None:
         click.echo(_line(message), err=True)
         sys.exit(code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(name="sctconv", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name="sctconv")
 def main() -> None:
     """Language models whose linear layers are truncated SVD factors, W = U diag(s) V^T."""

@@ -170,7 +170,15 @@ class TrainOptions:
                 raise TrainError(f"--{name} {value}: choose one of {', '.join(allowed)}")
         if self.weights == "bfloat16" and self.bf16 is False:
             raise TrainError("--weights bfloat16: their products are bfloat16 too; leave out --no-bf16")
-        own = {"direction": None, "step_in_backward": False, "momentum": "float32", "weights": "float32"}
+        if self.angle is not None and self.angle > math.pi / 2:
+            raise TrainError(f"--angle {self.angle:g}: radians of a step, at most a right angle, {math.pi / 2:.3f}")
+        own: dict[str, Any] = {
+            "direction": None,
+            "step_in_backward": False,
+            "momentum": "float32",
+            "weights": "float32",
+        }
+        own |= {"angle": None, "singular_rate": None}  # with adamw `rate` is that of all
         for name, usual in own.items():
             if self.optimizer == "adamw" and getattr(self, name) != usual:
                 raise TrainError(f"--{name.replace('_', '-')}: needs --optimizer spectral")
@@ -186,7 +194,8 @@ class TrainOptions:
         """
         rates: dict[str, Any] = dict(SCRATCH if scratch else TUNING)
         if self.optimizer == "adamw":
-            del rates["direction"]
+            for name in ("direction", "angle", "singular_rate"):
+                del rates[name]
             rates["norm_rate"] = rates["rate"]
             rates |= dict.fromkeys(("norm_rate", "embedding_rate"), self.rate) if self.rate is not None else {}
         answers = {**rates, "bf16": self.weights == "bfloat16" or has_fast_bf16(device)}

@@ -24,7 +24,7 @@ from ..memory import peak_rss_bytes
 from ..model import load
 from ..skeleton import load_config, load_tokenizer
 from ..tensors import to_torch
-from ..texts import TextError
+from ..texts import NO_TOKENIZER, TextError
 from .checkpoint import restore, save_checkpoint, save_model
 from .data import TrainData, load_data
 from .loop import Progress, TrainState, start, train
@@ -217,7 +217,7 @@ def _data(path: Path, texts: Sequence[str], options: TrainOptions) -> TrainData:
         small = {name: file.file(name) for name in file.index.files}
     tokenizer = load_tokenizer(small)
     if tokenizer is None:
-        raise TextError(f"{path}: has no tokenizer, which training needs")
+        raise TextError(f"{path}: {NO_TOKENIZER}")
     config = load_config(small, str(path)).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest and options.context > longest:

@@ -13,6 +13,9 @@ import click
 
 DTYPE = click.Choice(["bfloat16", "float16", "float32"])
 
+SEED = click.IntRange(0, 2**32 - 1)
+"""What numpy, torch and transformers all take."""
+
 VERIFY = click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Hold a .sct file against its checksums first."
 )
@@ -36,6 +39,16 @@ class Size(click.ParamType):
         if match is None or match[2].upper() not in self._UNITS:
             self.fail(f"{value!r} is no size; write 8GiB, 500MB or a number of bytes", param, ctx)
         return int(float(match[1]) * self._UNITS[match[2].upper()])
+
+
+def given(*names: str) -> str:
+    """Those of a command's options that were written out, as they are written; the empty string for none."""
+    context = click.get_current_context()
+    return ", ".join(
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    )
 
 
 def print_json(item: Any) -> None:

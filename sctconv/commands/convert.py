@@ -196,7 +196,7 @@ def _plan_json(plan: Plan, expected: Forecast) -> dict[str, object]:
             {"name": layer.name, "out": layer.out, "in": layer.in_, "rank": layer.rank, "reason": layer.reason}
             for layer in plan.layers.values()
         ],
-        "bytes": plan.bytes,
+        "bytes": plan.file_bytes,
         "dense_bytes": plan.dense_bytes,
         "parameters": plan.parameters,
         "dense_parameters": plan.dense_parameters,
@@ -211,7 +211,7 @@ def _print_plan(plan: Plan, expected: Forecast) -> None:
         verdict = f"dense  {layer.reason}" if layer.reason else f"rank {layer.rank or 'by energy'}"
         click.echo(f"{layer.name:<{width}}  {f'{layer.out} x {layer.in_}':>14}  {verdict}")
     click.echo(
-        f"\nwould write {size(plan.bytes)}, {count(plan.parameters)} parameters "
+        f"\nwould write {size(plan.file_bytes)}, {count(plan.parameters)} parameters "
         f"(dense {size(plan.dense_bytes)}, {count(plan.dense_parameters)}); nothing was written"
     )
     click.echo(

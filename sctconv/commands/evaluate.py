@@ -33,13 +33,13 @@ def evaluate(
     from dataclasses import asdict
 
     from sctconv.runtime.evaluate import EvaluationError, perplexity
-    from sctconv.runtime.texts import read_text
+    from sctconv.runtime.texts import NO_TOKENIZER, read_text
     from sctconv.sources.model import load_any
 
     words = read_text(text)
     loaded = load_any(model, dtype=dtype, device=device, verify=verify)
     if loaded.tokenizer is None:
-        raise EvaluationError(f"{model}: has no tokenizer")
+        raise EvaluationError(f"{model}: {NO_TOKENIZER}")
     ids = loaded.tokenizer(words, verbose=False).input_ids[:max_tokens]
     with progress_bar("evaluating", quiet=as_json) as bar:
         result = perplexity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import DTYPE, count, print_json
+from .common import DTYPE, SEED, count, print_json
 
 
 @click.command(short_help="Begin a factored model from scratch.")
@@ -17,7 +17,7 @@ from .common import DTYPE, count, print_json
 @click.option("--embeddings", is_flag=True, help="Factor the input embedding and the head too.")
 @click.option("--tokenizer", metavar="SRC", help="Model whose tokenizer goes along.  [default: that of CONFIG]")
 @click.option("--dtype", type=DTYPE, default="float32", show_default=True, help="Store every tensor so.")
-@click.option("--seed", default=0, show_default=True, help="Of all random numbers.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all random numbers.")
 @click.option("--overwrite", is_flag=True, help="Replace NEW.sct if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def init(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import DTYPE, Size, print_json, progress_bar, size
+from .common import DTYPE, SEED, Size, given, print_json, progress_bar, size
 
 
 @click.command(short_help="Go on training a model's factors.")
@@ -124,7 +124,7 @@ from .common import DTYPE, Size, print_json, progress_bar, size
     "--save-every", default=0, show_default=True, help="Steps between checkpoints, NEW.checkpoint.sct; 0 for none."
 )
 @click.option("--resume", metavar="CHECKPOINT.sct", help="Go on exactly where a checkpoint is.")
-@click.option("--seed", default=0, show_default=True, help="Of the order of the windows.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the order of the windows.")
 @click.option("--device", default="cpu", show_default=True, help="Where, e.g. cuda.")
 @click.option("--overwrite", is_flag=True, help="Replace NEW.sct if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -173,8 +173,10 @@ def train(
     if plan:
         _print_plan(estimate(model, options, place), as_json)
         return
-    if teacher_cache and not teacher:
-        raise OptionError(f"--teacher-cache {teacher_cache}: of whom? give --teacher SRC too")
+    if not teacher and (
+        lone := given("teacher_cache", "teacher_top", "teacher_weight", "teacher_dtype", "teacher_device")
+    ):
+        raise OptionError(f"{lone}: of whom? give --teacher SRC too")
     taught_by = None
     if teacher:
         taught_by = TeacherSource(

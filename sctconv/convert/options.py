@@ -90,7 +90,12 @@ class ConvertOptions:
                 raise OptionError(f"--allocate measured and {name} both decide each layer's rank; give one of them")
         if self.refine < 0:
             raise OptionError(f"--refine {self.refine}: a number of steps")
-        for name, value in (("--allocate measured", self.allocate == "measured"), ("--refine", self.refine)):
+        fitting = {
+            "--allocate measured": self.allocate == "measured",
+            "--refine": self.refine,
+            "--max-memory": self.max_memory is not None,
+        }
+        for name, value in fitting.items():
             if value and not self.calibration:
                 raise OptionError(f"{name} needs calibration text; give --calibration and leave out --data-free")
         for name, least in (("calibration_tokens", self.calibration_context), ("calibration_context", 2)):

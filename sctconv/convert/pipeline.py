@@ -204,7 +204,7 @@ def default_output(source: Source, options: ConvertOptions) -> Path:
 
 
 def _check_space(path: Path, plan: Plan, out: SctWriter) -> None:
-    needed = plan.bytes + plan.files - out.nbytes
+    needed = plan.file_bytes - out.nbytes
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OutputError(f"{path}: needs {needed} bytes, but only {free} are free on the disk; write elsewhere")

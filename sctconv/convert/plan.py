@@ -19,13 +19,17 @@ from sctconv.sources.weights import DenseModel
 
 from .options import GROUPS, STORAGE_DTYPES, ConvertOptions
 
-_ENTRY: Final = 64 + 256
+_ENTRY: Final = 63 + 136
 """Padding of a tensor and its entry in the index, without its name, at most; of each of a layer's three."""
 
-_RECORD: Final = 1024
-"""A factored layer's record in the index, and what the metadata say of it."""
+_RECORD: Final = 256
+"""A factored layer's record in the index, without its name, and what the metadata say of it."""
 
-_METADATA: Final = 64 << 10
+_SHARD: Final = 160
+"""A shard's name and sha256 in the metadata."""
+
+_METADATA: Final = 8 << 10
+"""The rest of them."""
 
 _ATTENTION: Final = re.compile(r"attn|attention", re.IGNORECASE)
 _OTHER: Final = re.compile(r"mixer|mamba|ssm|rnn|recurrent", re.IGNORECASE)
@@ -106,9 +110,11 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """What the file will have at most: tensors, files, and a generous index."""
-        factored = sum(layer.reason is None for layer in self.layers.values())
-        entries = sum(len(name.encode()) + _ENTRY for name in self.tensors) * (3 if factored else 1)
-        return self.bytes + self.files + entries + factored * _RECORD + _METADATA
+        factored = {name for name, layer in self.layers.items() if layer.reason is None}
+        entries = sum((len(name.encode()) + _ENTRY) * (3 if name in factored else 1) for name in self.tensors)
+        records = sum(len(name.encode()) + _RECORD for name in factored)
+        shards = len({info.shard for info in self.tensors.values()}) * _SHARD
+        return self.bytes + self.files + entries + records + shards + _METADATA
 
     @property
     def dense_parameters(self) -> int:
@@ -171,7 +177,10 @@ def _largest_within(model: DenseModel, options: ConvertOptions, size: int) -> Pl
     low, high = 1, max(layer.largest_useful_rank for layer in plan(1).layers.values())
     smallest, largest = plan(low).file_bytes, plan(high).file_bytes
     if smallest > size:
-        raise OptionError(f"--target-size {size}: at rank 1 the file still takes {smallest} bytes")
+        raise OptionError(
+            f"--target-size {size}: at rank 1 the file still takes up to {smallest} bytes; allow more, or factor more layers "
+            "by --modules all"
+        )
     if largest <= size:
         raise OptionError(f"--target-size {size}: factored at any rank it is smaller, {largest} bytes at most")
     while low + 1 < high:
