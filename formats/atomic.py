@@ -160,7 +160,7 @@ def check_parent(target: Path) -> None:
 
 def output_error(target: Path, error: OSError, *, is_kept: bool = False) -> OutputError:
     """An operating system's error while writing `target`, as one line with the way out."""
-    end = "" if is_kept else "; nothing was kept"
+    end = "" if is_kept else "; nothing of it was kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"{target}: no space left on the disk; free some or write elsewhere{end}")
     if error.errno == errno.EFBIG:

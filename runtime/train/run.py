@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import torch
 
@@ -145,6 +145,7 @@ def _run(
         "teacher": identity["teacher"],
     }
     first, kept = state.best, files.resume
+    stands: list[str] = []
     with SctFile(files.model) as source, _Log(files, state.step) as log:
 
         def checkpoint() -> None:
@@ -164,8 +165,13 @@ def _run(
             first = reached.best if reached.step == 0 else first
             training = {**facts, "step": reached.step, "held_out_loss": reached.best}
             save_model(model, source, files.output, training=training, overwrite=True)
+            stands.append(f"the best so far is {files.output}")
 
-        with noted(lambda: f"a checkpoint is kept; go on with --resume {kept}" if kept else None):
+        def what_stands() -> str:
+            resumable = [f"a checkpoint is kept; go on with --resume {kept}"] if kept else []
+            return "; ".join([*stands[:1], *resumable])
+
+        with noted(what_stands):
             try:
                 train(model, data, options, teacher=taught_by, state=state, on_step=step, on_best=best)
             except KeyboardInterrupt:
@@ -252,31 +258,37 @@ def _teacher(
 class _Log:
     """A run's measurements: a line a step in `metrics.jsonl`, and the same for TensorBoard if it is installed.
 
-    A resumed run goes on after the last step of its checkpoint; lines of steps that it will take again are let go.
+    A resumed run goes on after the last step of its checkpoint; lines of steps that it will take again are let go. Before
+    there is a step nothing is written.
     """
 
     _TENSORBOARD: Final = "torch.utils.tensorboard"
 
     def __init__(self, files: Files, done: int) -> None:
+        self._files, self._done = files, done
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._hook, threading.excepthook = threading.excepthook, self._failed
+
+    def _open(self) -> TextIO:
+        files, done = self._files, self._done
         if done and files.metrics.exists():
             lines = files.metrics.read_text(encoding="utf-8").splitlines()
             with atomic_file(files.metrics, overwrite=True) as out:
                 out.writelines(f"{line}\n".encode() for line in lines if _step(line) <= done)
-        self._files = files
         self._file = files.metrics.open("a" if done else "w", encoding="utf-8")
-        self._board: Any = None
-        self._hook, threading.excepthook = threading.excepthook, self._failed
         try:
             with contextlib.suppress(ImportError):  # TensorBoard is not installed
                 self._board = importlib.import_module(self._TENSORBOARD).SummaryWriter(files.board, purge_step=done + 1)
         except OSError as error:
-            self.__exit__()
             raise output_error(files.board, error, is_kept=True) from error
+        return self._file
 
     def add(self, done: Progress) -> None:
         """Raises OutputError where there is no room for it; what the run kept is as it was."""
         values = asdict(done)
         try:
+            self._file = self._file or self._open()
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
@@ -294,8 +306,9 @@ class _Log:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # the rest of what found no room, which was told
-            self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # the rest of what found no room, which was told
+                self._file.close()
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()

@@ -98,9 +98,9 @@ def test_no_commit_leaves_nothing(target):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, "no space left on the disk; free some or write elsewhere; nothing was kept"),
+        (errno.ENOSPC, "no space left on the disk; free some or write elsewhere; nothing of it was kept"),
         (errno.EDQUOT, "no space left on the disk"),
-        (errno.EIO, r"cannot be written \(Input/output error\); nothing was kept"),
+        (errno.EIO, r"cannot be written \(Input/output error\); nothing of it was kept"),
     ],
 )
 def test_a_full_disk_leaves_nothing(target, monkeypatch, room, code, message):
@@ -128,7 +128,7 @@ def test_a_failure_at_the_very_end_leaves_nothing(target, monkeypatch, where):
 
 def test_an_error_without_a_number_is_told(target):
     with (
-        pytest.raises(OutputError, match=r"cannot be written \(odd\); nothing was kept"),
+        pytest.raises(OutputError, match=r"cannot be written \(odd\); nothing of it was kept"),
         atomic_file(target, overwrite=True),
     ):
         raise OSError("odd")
@@ -165,7 +165,7 @@ def test_a_file_size_limit_leaves_nothing(tmp_path):
             sys.exit(error.exit_code)
     """
     run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
-    expected = f"{path}: file size limit reached (ulimit -f or the filesystem's); nothing was kept\n"
+    expected = f"{path}: file size limit reached (ulimit -f or the filesystem's); nothing of it was kept\n"
     assert (run.returncode, run.stdout, run.stderr) == (1, expected, "")
     assert path.read_bytes() == b"old" and untouched(path)
 

@@ -73,8 +73,8 @@ def test_an_exception_leaves_nothing_and_passes_through(target: Path, error: Bas
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, "no space left on the disk; free some or write elsewhere; nothing was kept"),
-        (errno.EIO, r"cannot be written \(Input/output error\); nothing was kept"),
+        (errno.ENOSPC, "no space left on the disk; free some or write elsewhere; nothing of it was kept"),
+        (errno.EIO, r"cannot be written \(Input/output error\); nothing of it was kept"),
     ],
 )
 @pytest.mark.parametrize("named", [True, False])

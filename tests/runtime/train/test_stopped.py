@@ -70,7 +70,11 @@ def test_interrupted_anywhere_in_a_step_a_checkpoint_is_of_whole_steps(
         patch.setattr(owner, name, _interrupt_at(call, getattr(owner, name), done))
         with pytest.raises(KeyboardInterrupt) as caught:
             run(files, _text(factored), options, on_step=done.append)
-    assert caught.value.__notes__ == [f"a checkpoint is kept; go on with --resume {files.checkpoint}"]
+    best, checkpoint = (
+        f"the best so far is {files.output}",
+        f"a checkpoint is kept; go on with --resume {files.checkpoint}",
+    )
+    assert caught.value.__notes__ == [f"{best}; {checkpoint}"] and files.output.exists()
     assert _step(files.checkpoint) == kept
     run(Files(factored, files.output, resume=files.checkpoint, save_every=4), _text(factored), options)
     assert files.output.read_bytes() == whole.output.read_bytes()
@@ -85,7 +89,21 @@ def test_interrupted_before_the_first_checkpoint_none_is_promised(factored: Path
 
     with pytest.raises(KeyboardInterrupt) as caught:
         run(files, _text(factored), quick(), on_step=interrupt)
-    assert not files.checkpoint.exists() and not hasattr(caught.value, "__notes__")
+    assert not files.checkpoint.exists() and caught.value.__notes__ == [f"the best so far is {files.output}"]
+
+
+def test_stopped_before_the_first_step_nothing_of_the_run_is_left(
+    factored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk without room for the output."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OutputError("no room")
+
+    monkeypatch.setitem(run.__globals__["_run"].__globals__, "save_model", full)
+    with pytest.raises(OutputError, match=r"no room$"):
+        run(Files(factored, tmp_path / "n.sct"), _text(factored), quick())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("torn", [0, 1, 30])
@@ -106,7 +124,9 @@ def test_a_disk_that_is_full_for_the_log_is_one_line_that_names_it(factored: Pat
     files.metrics.symlink_to("/dev/full")
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    with pytest.raises(OutputError, match=r"no space left on the disk; free some or write elsewhere$") as caught:
+    with pytest.raises(
+        OutputError, match=r"no space left on the disk; free some or write elsewhere\nthe best so far is .*n.sct$"
+    ) as caught:
         run(files, _text(factored), quick())
     assert str(caught.value).startswith(f"{files.metrics}: ")
 
@@ -121,6 +141,6 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_line_too(
 
     monkeypatch.setattr(RecordWriter, "write", full)
     files = Files(factored, tmp_path / "n.sct", save_every=1)
-    with pytest.raises(OutputError, match=r"tensorboard: no space left on the disk; free some or write elsewhere$"):
+    with pytest.raises(OutputError, match=r"tensorboard: no space left on the disk; free some or write elsewhere\n"):
         run(files, _text(factored), quick(steps=300))
     assert "Traceback" not in capfd.readouterr().err
