@@ -12,7 +12,6 @@ returned was never seen to be worse than they are.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -282,19 +281,18 @@ def _kls(
     decoder: Decoder, dense: Sequence[Tensor], variants: Mapping[str, States], batches: Sequence[Tensor]
 ) -> dict[str, float]:
     """Mean KL(dense || variant) of the next-token distributions, in nats."""
-    names = list(variants)
-    states = itertools.chain(dense, (state for name in names for state in variants[name]))
-    logits = decoder.head(states, list(batches) * (1 + len(names)))
-    teacher = [F.log_softmax(next(logits), -1) for _ in batches]
-    kls = {}
-    for name in names:
-        logs = [F.log_softmax(next(logits), -1) for _ in batches]
-        total = sum(
-            float(F.kl_div(log, target, reduction="sum", log_target=True))
-            for log, target in zip(logs, teacher, strict=True)
-        )
-        kls[name] = total / sum(batch.numel() for batch in batches)
-    return kls
+    parts = decoder.parts(len(batches[0]), batches[0].shape[1])
+    sides = [dense, *variants.values()]
+    states = (side[:, part] for number in range(len(batches)) for part in parts for side in [s[number] for s in sides])
+    tokens = [batch[:, part] for batch in batches for part in parts]
+    logits = decoder.head(states, [part for part in tokens for _ in sides])
+    kls = dict.fromkeys(variants, 0.0)
+    for _ in tokens:
+        target = F.log_softmax(next(logits), -1)
+        for name in variants:
+            log = F.log_softmax(next(logits), -1)
+            kls[name] += float(F.kl_div(log, target, reduction="sum", log_target=True))
+    return {name: total / sum(batch.numel() for batch in batches) for name, total in kls.items()}
 
 
 def _put(module: nn.Module, name: str, child: nn.Module) -> None:

@@ -52,7 +52,7 @@ def plan_memory(
     """Makes a sweep fit into a limit.
 
     Counted are what the process has already, the largest block in float32, one layer's closed form, a batch of
-    activations, and the hidden states where they stay in memory. All hidden states are spilled or none. Products in bfloat16
+    activations, the output layer while there are no blocks, and the hidden states where they stay in memory. All hidden states are spilled or none. Products in bfloat16
     take a copy of the block in it, and are done without where there is no room.
 
     Args:
@@ -82,7 +82,8 @@ def plan_memory(
         grams = {n: max(closed_form_bytes(m, k) for m, k in shapes if k == n) for _, n in shapes}
         small = [n for n, need in sorted(grams.items()) if need <= left]
         large = [(m, n) for m, n in shapes if n not in small]
-        need = max((_LOOKS * batch_bytes(batch), *(grams[n] for n in small)))
+        head = decoder.head_bytes - decoder.block_bytes - batch_bytes(batch)  # in their place
+        need = max((_LOOKS * batch_bytes(batch), head, *(grams[n] for n in small)))
         dual_tokens = 0
         if large:
             dual_tokens = _most_tokens(large, left, tokens)
@@ -102,14 +103,12 @@ def plan_memory(
             limit,
             bf16,
         )
-    least = (
-        base
-        + batch_bytes(1)
-        + max(min(closed_form_bytes(m, n), closed_form_dual_bytes(m, n, context)) for m, n in shapes)
-    )
+    forms = max(min(closed_form_bytes(m, n), closed_form_dual_bytes(m, n, context)) for m, n in shapes)
+    least = base + batch_bytes(1) + max(_LOOKS * batch_bytes(1), forms)
+    least = max(least, base - decoder.block_bytes + decoder.head_bytes)
     raise OptionError(
-        f"--max-memory {limit / 2**30:.3g}GiB: calibration holds one block in float32 and its Gram matrices, here at least "
-        f"{least / 2**30:.2f} GiB; allow more, or use --data-free"
+        f"--max-memory {limit / 2**30:.3g}GiB: calibration holds one block in float32 and its Gram matrices, or the output "
+        f"layer and some logits, here at least {least / 2**30:.2f} GiB; allow more, or use --data-free"
     )
 
 

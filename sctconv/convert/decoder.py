@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sctconv.errors import OptionError
 from sctconv.formats.checkpoint import read_tensor
+from sctconv.formats.dtypes import numpy_dtype
 from sctconv.runtime.model import assign_
 from sctconv.runtime.skeleton import linear_layers
 from sctconv.runtime.tensors import to_torch
@@ -25,6 +26,12 @@ from sctconv.sources.weights import DenseModel
 
 from .blocks import Block, Writer, find_groups, find_writers
 from .states import States
+
+_LOGITS: Final = 64 << 20
+"""Bytes of the logits that are held at once."""
+
+_COPIES: Final = 7
+"""How many tensors like them there are at most while they are used."""
 
 _ROWS: Final = 8192
 """Rows of the output layer that are multiplied at once."""
@@ -78,6 +85,18 @@ class Decoder:
         return 4 * max(sum(p.numel() for p in block.parameters()) for block in self._skeleton.get_submodule(self.path))
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes of the output layer as the checkpoint has it, and of what is made with it at once."""
+        output = self._skeleton.get_output_embeddings()
+        weight = self._dense.tensors[self._weight(_path(self._skeleton, output))] if type(output) is nn.Linear else None
+        stored = weight.size * numpy_dtype(weight.dtype).itemsize if weight else 0
+        return stored + 4 * min(_ROWS, self._vocabulary) * self.width + _COPIES * _LOGITS
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self._skeleton.config.get_text_config().vocab_size)
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """(out, in) of the layers in `layers` and `others`."""
         shapes = linear_layers(self._skeleton)
@@ -107,7 +126,7 @@ class Decoder:
 
     @torch.no_grad()
     def head(self, states: Iterable[Tensor], batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Logits (batch, context, vocabulary) float32 for hidden states after the last block."""
+        """Logits (batch, context, vocabulary) float32 for hidden states after the last block; see `parts`."""
         top, recorders = self._top(batches, head=True)
         for state, batch in zip(states, batches, strict=True):
             recorders[-1].replacement = state.to(self.device)
@@ -117,15 +136,24 @@ class Decoder:
         """In place of the hidden states after the last block, the gradient there of the next tokens' cross-entropy, summed."""
         top, recorders = self._top(batches, head=True)
         for number, batch in enumerate(batches):
-            with torch.enable_grad():
-                state = states[number].to(self.device).requires_grad_()
-                recorders[-1].replacement = state
-                logits = top(input_ids=batch.to(self.device), use_cache=False).logits[:, :-1].float()
-                loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(self.device), reduction="sum")
-                loss.backward()
-            assert state.grad is not None
-            states[number] = state.grad
+            batch, state = batch.to(self.device), states[number].to(self.device)
+            gradient = torch.zeros_like(state)
+            for place in self.parts(len(batch), batch.shape[1] - 1):
+                part = state[:, place].detach().requires_grad_()
+                recorders[-1].replacement = part
+                with torch.enable_grad():
+                    logits = top(input_ids=batch[:, place], use_cache=False).logits.float()
+                    targets = batch[:, 1:][:, place]
+                    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+                assert part.grad is not None
+                gradient[:, place] = part.grad
+            states[number] = gradient
         return states
+
+    def parts(self, windows: int, tokens: int) -> list[slice]:
+        """Places in some windows, in order, whose logits are few enough to be held at once: each token has its own."""
+        step = max(1, _LOGITS // (4 * self._vocabulary * windows))
+        return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
     def block(self, place: int, hidden: Tensor | None) -> Block:
         """Loads a block and finds out, given one batch of hidden states, which of its layers do what."""
@@ -279,4 +307,6 @@ def _keep_rows_(embedding: nn.Embedding, dense: DenseModel, name: str, ids: Tens
         done, first, partial = done + len(wanted), first + count, flat[count * width :]
     embedding.weight = nn.Parameter(rows, requires_grad=False)
     embedding.padding_idx = None  # of gradients only
-    embedding.register_forward_pre_hook(lambda module, args: (torch.searchsorted(ids.to(args[0].device), args[0]),))
+    embedding.register_forward_pre_hook(
+        lambda module, args: (torch.searchsorted(ids.to(args[0].device), args[0].contiguous()),)
+    )

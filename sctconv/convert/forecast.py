@@ -100,6 +100,9 @@ def _calibrated(model: DenseModel, planned: list[LayerPlan], options: ConvertOpt
     batch, device = memory.batch * context, decoder.device
     rate, slow = _product_rate(batch, bf16, device), _product_rate(batch, False, device)
     seconds += 2.0 * weights * (_PASSES * tokens + _METRIC_PASSES) / rate
+    # the output layer: there and back for the metrics, and of both models for the held-out windows
+    text = model.skeleton.config.get_text_config()
+    seconds += 2.0 * text.vocab_size * decoder.width * (_METRIC_PASSES * 2 / 3 + 2 * tokens / HELD_OUT) / slow
     for (m, n, rank), count in shapes.items():
         metric = 2.0 * 8192 * m * min(m, 8192)
         if n <= memory.gram_side:

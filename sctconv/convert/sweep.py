@@ -258,18 +258,26 @@ class Sweep:
         return math.sqrt(difference / norm) if norm else math.nan
 
     def _measure(self, teacher: States, student: States) -> None:
-        """Perplexity and KL on the held-out windows, one at a time: logits are the largest thing in the whole sweep."""
+        """Perplexity and KL on the held-out windows, some tokens at a time: logits are the largest thing in the whole sweep."""
         held_out = ~self._is_fit
-        windows = list(self._batches[held_out].unsqueeze(1))
+        parts = self._decoder.parts(1, self._batches.shape[-1] - 1)
+        windows = list(self._batches[held_out])
         states = [
-            [row[None] for state, keep in zip(side, held_out, strict=True) for row in state[keep]]
+            [
+                row[None, part]
+                for state, keep in zip(side, held_out, strict=True)
+                for row in state[keep]
+                for part in parts
+            ]
             for side in (teacher, student)
         ]
-        heads = zip(*(self._decoder.head(side, windows) for side in states), strict=True)
+        tokens_in = [window[None, part] for window in windows for part in parts]
+        targets = [window[1:][part] for window in windows for part in parts]
+        heads = zip(*(self._decoder.head(side, tokens_in) for side in states), strict=True)
         nll, kl, tokens = [0.0, 0.0], 0.0, 0
-        for window, pair in zip(windows, heads, strict=True):
-            target = window[0, 1:].to(self._decoder.device)
-            logs = [F.log_softmax(logits[0, :-1], -1) for logits in pair]
+        for target, pair in zip(targets, heads, strict=True):
+            target = target.to(self._decoder.device)
+            logs = [F.log_softmax(logits[0], -1) for logits in pair]
             for place, log in enumerate(logs):
                 nll[place] += float(F.nll_loss(log, target, reduction="sum"))
             kl += float(F.kl_div(logs[1], logs[0], reduction="sum", log_target=True))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,11 +199,12 @@ def _sweep(source: Path, memory: MemoryPlan, out: Path) -> None:
     torch.save({name: (fit.U * fit.s) @ fit.V.T for name, fit in fits.items()}, out)
 
 
-def test_a_memory_budget_is_kept_or_refused(tmp_path: Path) -> None:
+def test_a_memory_budget_is_kept_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _source("llama", tmp_path)
-    with pytest.raises(OptionError, match=r"--max-memory 0.000977GiB: calibration holds .* at least 0\.\d\d GiB"):
+    with pytest.raises(OptionError, match=r"--max-memory 0.000977GiB: calibration holds .* at least \d\.\d\d GiB"):
         convert(str(source), tmp_path / "o.sct", _options(source, max_memory=1 << 20))
     assert not list(tmp_path.glob("*.sct*"))
+    monkeypatch.setattr("sctconv.convert.budget.rss_bytes", lambda: 500 << 20)  # which grows from call to call
     decoder = Decoder(DenseModel(open_source(str(source))), ["model.layers.0.mlp.up_proj"])
     roomy = plan_memory(decoder, 1000, 64, limit=1 << 40, directory=tmp_path)
     assert roomy.batch == 4 and roomy.spill is None and roomy.estimate < roomy.limit
@@ -209,6 +213,32 @@ def test_a_memory_budget_is_kept_or_refused(tmp_path: Path) -> None:
     fast = plan_memory(decoder, 1000, 64, limit=1 << 40, directory=tmp_path, bf16=True)
     assert fast.bf16 and fast.estimate > roomy.estimate
     assert not plan_memory(decoder, 1000, 64, limit=roomy.estimate, directory=tmp_path, bf16=True).bf16
+
+
+def test_a_large_vocabulary_is_within_the_least_budget_that_is_taken(tmp_path: Path) -> None:
+    """Logits of four windows of 512 tokens over 50,000 would be 400 MB, and several times that with their gradient."""
+    source = save(tiny_model("llama", vocab_size=50_000), tmp_path / "m")
+    tiny_tokenizer(source)
+    (tmp_path / "text.txt").write_text("".join(f"{place} times {place} is {place * place}.\n" for place in range(900)))
+    command = [sys.executable, "-m", "sctconv", "convert", str(source), "--rank", "4", "--json", "--no-report"]
+    command += [
+        "--calibration",
+        str(tmp_path / "text.txt"),
+        "--calibration-tokens",
+        "4096",
+        "-o",
+        str(tmp_path / "o.sct"),
+    ]
+
+    def converted(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, "--max-memory", str(limit)], capture_output=True, text=True)
+
+    least = re.search(r"here at least ([\d.]+) GiB", converted(1 << 20).stderr)
+    assert least
+    limit = int((float(least[1]) + 0.03) * 2**30)
+    done = converted(limit)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["peak_rss_bytes"] < 1.1 * limit
 
 
 def test_dense_layers_are_fitted_too_unless_told_not_to(tmp_path: Path) -> None:
