@@ -183,6 +183,8 @@ def _piece(where: str, record: dict[str, Any], tokenizer: Any) -> Piece:
     if isinstance(record.get("text"), str):
         ids = tokenizer(record["text"], verbose=False).input_ids + end
         return ids, [True] * len(ids)
+    if "messages" in record:
+        raise TextError(f"{where}: messages is no list of objects with role and content")
     raise TextError(f"{where} has neither text, nor prompt and completion, nor messages")
 
 
@@ -190,6 +192,9 @@ def _chat(where: str, messages: list[Any], tokenizer: Any) -> Piece:
     """The rendered conversation; an answer is what its message adds to the prompt for it."""
     if not getattr(tokenizer, "chat_template", None):
         raise TextError(f"{where}: has messages, but the model has no chat template")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
+            raise TextError(f"{where}: message {number} is no object with role and content")
     ids: list[int] = []
     learned: list[bool] = []
     try:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from sctconv.convert.plan import Plan
 
 
+_FAR: Final = 4.0
+"""Perplexity over the dense model's above which a way out is named."""
+
 _DEFAULT_CALIBRATION: Final = "hub:Salesforce/wikitext:wikitext-2-raw-v1"
 
 
@@ -181,6 +184,11 @@ def _print_report(report: ConvertReport) -> None:
             f"on {held_out['tokens']} held-out calibration tokens: perplexity {held_out['perplexity']:.4g} "
             f"(dense {held_out['teacher_perplexity']:.4g}), KL to the dense model {held_out['kl']:.3f} nats a token"
         )
+        times = held_out["perplexity"] / held_out["teacher_perplexity"]
+        if times > _FAR:
+            click.echo(
+                f"that is {times:.3g} times the dense model's: a higher rank, more --calibration-tokens or --refine bring it nearer"
+            )
         if "tuned_perplexity" in held_out:
             click.echo(f"tuned as a whole: perplexity {held_out['tuned_perplexity']:.4g} on them")
         return

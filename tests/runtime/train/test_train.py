@@ -232,7 +232,13 @@ def test_batches_are_decided_by_seed_and_step(factored: Path) -> None:
         ("short", "less than two windows of 32"),
         ("", "an empty text"),
         ('{"nothing": 1}\n', "record 1 has neither text, nor prompt and completion, nor messages"),
-        ('{"messages": [{"content": "no role"}]}\n', "record 1: the chat template cannot render it"),
+        ('{"messages": [{"content": "no role"}]}\n', "record 1: message 1 is no object with role and content"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}\n',
+            "record 1: message 2 is no object with",
+        ),
+        ('{"messages": ["a"]}\n', "record 1: message 1 is no object with role and content"),
+        ('{"messages": "a"}\n', "record 1: messages is no list of objects with role and content"),
         ("not json\n", "line 1 is not a JSON object"),
     ],
 )
