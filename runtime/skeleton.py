@@ -91,7 +91,8 @@ def load_config(files: Mapping[str, bytes], source: str, shapes: Shapes | None =
             return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers raises what it likes here; its first line says the most
             raise ModelError(
-                f"{source}: transformers {transformers.__version__} refuses its config.json: {_line(error)}"
+                f"{source}: transformers {transformers.__version__} refuses its config.json: "
+                f"{_line(error).replace(str(directory), 'it')}"
             ) from None
 
 

@@ -48,6 +48,7 @@ def init(
         dtype=dtype,
         seed=seed,
         overwrite=overwrite,
+        label=config,
     )
     if as_json:
         print_json(made)

@@ -67,6 +67,7 @@ def initialise(
     dtype: str = "float32",
     seed: int = 0,
     overwrite: bool = False,
+    label: str = "config.json",
 ) -> dict[str, Any]:
     """Writes a freshly initialised factored model; nothing of a factored layer's dense shape is ever made.
 
@@ -79,6 +80,7 @@ def initialise(
         dtype: `float32`, `bfloat16` or `float16`.
         seed: of all random numbers.
         overwrite: whether a file that stands at `output` may be replaced.
+        label: what messages call the configuration.
 
     Returns:
         What was made: output, layers factored, parameters.
@@ -89,8 +91,8 @@ def initialise(
     """
     if rank < 1:
         raise OptionError(f"--rank {rank}: a rank is at least 1")
-    config = load_config(files, "config.json")
-    model = build_skeleton(config, "config.json")
+    config = load_config(files, label)
+    model = build_skeleton(config, label)
     selected = [*(_ends(model) if embeddings else []), *select_layers(model, modules)]
     layers = {layer.name: layer for layer in selected if rank <= layer.largest_useful_rank}
     if not layers:
