@@ -107,6 +107,11 @@ def restore(
             if run.identity.get(name) != value:
                 theirs = run.identity.get(name)
                 raise TrainError(f"{path}: was made with {name} {theirs}, not {value}; resume it as it was begun")
+        if not run.best_step <= run.step <= options.steps:
+            raise TrainError(
+                f"{path}: what it says of its run is damaged (step {run.step} of {options.steps}, the best {run.best_step}); "
+                "go on from another checkpoint"
+            )
         for entry in tensors.values():
             file.verify(entry)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -101,18 +102,25 @@ def convert(
     weight is truncated by its SVD alone, which costs most of a model's quality.
     """
     from sctconv.convert.options import ConvertOptions
-    from sctconv.convert.plan import read_ranks
     from sctconv.errors import OptionError
+    from sctconv.formats.atomic import check_target
 
     if data_free and calibration:
         raise OptionError("--data-free and --calibration exclude each other; give one of them")
     if dry_run and resume:
         raise OptionError("--dry-run tells of a whole conversion, not of what --resume would still do; leave one out")
+    if output and not dry_run:
+        check_target(Path(output), overwrite=overwrite)  # before what takes seconds to import
+    listed = None
+    if ranks:
+        from sctconv.convert.plan import read_ranks
+
+        listed = read_ranks(ranks)
     options = ConvertOptions(
         calibration=() if data_free else calibration or (_DEFAULT_CALIBRATION,),
         calibration_tokens=calibration_tokens,
         calibration_context=min(512, calibration_tokens),
-        ranks=read_ranks(ranks) if ranks else None,
+        ranks=listed,
         **settings,
     )
     if dry_run:

@@ -401,10 +401,11 @@ def test_interrupting_a_conversion_leaves_what_it_says_it_leaves(calibrated: boo
 
 
 def test_help_is_light() -> None:
-    """Neither torch nor transformers nor numpy is imported before a command runs."""
+    """Neither torch nor transformers nor numpy is imported before a command runs, nor to refuse options or an output."""
     code = (
         "import sys; from click.testing import CliRunner; from sctconv.cli import main\n"
-        "for args in ([], ['--help'], ['convert', '--help'], ['--version']):\n"
+        "for args in ([], ['--help'], ['convert', '--help'], ['--version'], ['convert', 'x', '--rank', '0'],\n"
+        "             ['convert', 'x', '--rank', '4', '-o', '/nowhere/o.sct']):\n"
         "    CliRunner().invoke(main, args)\n"
         "print([name for name in ('torch', 'transformers', 'numpy', 'gguf') if name in sys.modules])"
     )

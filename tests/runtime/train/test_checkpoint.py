@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named(factored: Path, tmp_path: Path) -> None:
     damage: dict[str, list[Any]] = {
         "options": [None, [1], "x"],
         "facts": [None, 3],
-        "step": [None, "2", -1, 2.5, True],
+        "step": [None, "2", -1, 2.5, True, 3],
         "best": [None, "low", [1.0]],
         "best_step": [-2, {}],
         "looks": ["1", -1],
@@ -163,6 +163,8 @@ def test_a_damaged_checkpoint_is_named(factored: Path, tmp_path: Path) -> None:
         for value in values:
             with pytest.raises(TrainError, match=rf"rewritten.sct: what it says of its run is damaged \({name}"):
                 restore(model, start(model, options), options, FACTS, _rewritten(path, {name: value}))
+    with pytest.raises(TrainError, match=r"damaged \(step 2 of 2, the best 3\)"):
+        restore(model, start(model, options), options, FACTS, _rewritten(path, {"best_step": 3}))
     with SctFile(path) as file:
         order = next(name for name in file.index.tensors if name.startswith("optimizer.order."))
         moment = next(name for name in file.index.tensors if name.startswith("optimizer.first."))
