@@ -22,7 +22,8 @@ def quick(**changes: Any) -> TrainOptions:
         "norm_rate": 1e-3,
         "bf16": False,
     }
-    return TrainOptions(**{**settings, "rate": 1e-3, "angle": 0.02, "singular_rate": 0.01, **changes})
+    own = {"angle": 0.02, "singular_rate": 0.01} if changes.get("optimizer") != "adamw" else {}
+    return TrainOptions(**{**settings, "rate": 1e-3, **own, **changes})
 
 
 def windows(factored: Path, **changes: Any) -> TrainData:

@@ -72,7 +72,8 @@ def test_only_what_is_asked_for_moves(part: str, moving: str, factored: Path) ->
 @pytest.mark.parametrize("optimizer", ["spectral", "adamw"])
 def test_without_retraction_it_leaves_the_manifold_and_comes_back_at_the_end(optimizer: str, factored: Path) -> None:
     model, data = sctconv.load(factored).model, windows(factored)
-    state = train(model, data, quick(optimizer=optimizer, retraction="none", angle=0.1, rate=1e-2))
+    far: dict[str, float] = {"angle": 0.1} if optimizer == "spectral" else {}
+    state = train(model, data, quick(optimizer=optimizer, retraction="none", rate=1e-2, **far))
     drifts = [step.drift for step in state.history if step.drift is not None]
     assert drifts[0] > 1e-3 and drifts[-1] < 1e-5
 
