@@ -128,7 +128,8 @@ class Torture:
 
     def _blow(self, kind: str, share: float) -> _Blow:
         """A blow at about this share of the run."""
-        call, size = 1 + int(share * self.calls), 1 + int(share**2 * self.size)  # there are more small files
+        call = 1 + int(share * self.calls)
+        size = 512 + int(share**2 * self.size)  # there are more small files; not so small that stderr, one too, is cut
         turn = self.turns[int(share * len(self.turns))]
         acts: dict[str, Act] = {
             "SIGKILL at a call": At(call, send(signal.SIGKILL)),
