@@ -110,9 +110,8 @@ class SctWriter:
 
     def _go_on(self, begun: SctFile) -> None:
         index = begun.index
-        self._journal = _Entry(
-            begun.tail.index_offset, begun.head.committed, index.pack()
-        )  # first: damaged, it stays too
+        # first, so that what is damaged stays too
+        self._journal = _Entry(begun.tail.index_offset, begun.head.committed, index.pack())
         for blob in index.blobs:  # or damage would be sealed
             begun.verify(blob)
         self.metadata.update(index.metadata)

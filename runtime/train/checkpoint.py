@@ -108,10 +108,7 @@ def restore(
                 theirs = run.identity.get(name)
                 raise TrainError(f"{path}: was made with {name} {theirs}, not {value}; resume it as it was begun")
         if not run.best_step <= run.step <= options.steps:
-            raise TrainError(
-                f"{path}: what it says of its run is damaged (step {run.step} of {options.steps}, the best {run.best_step}); "
-                "go on from another checkpoint"
-            )
+            raise _damaged(path, f"step {run.step} of {options.steps}, the best {run.best_step}")
         for entry in tensors.values():
             file.verify(entry)
         with torch.no_grad():
@@ -159,14 +156,12 @@ class _Run:
         def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
             value = kept.get(name, default)
             if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-                raise TrainError(
-                    f"{path}: what it says of its run is damaged ({name} is {value!r:.40}); go on from another checkpoint"
-                )
+                raise _damaged(path, f"{name} is {value!r:.40}")
             return value
 
         counts = {str(name): count for name, count in get("counts", dict, {}).items()}
         if any(type(count) is not int or count < 0 for count in counts.values()):
-            raise TrainError(f"{path}: what it says of its run is damaged (counts); go on from another checkpoint")
+            raise _damaged(path, "counts")
         return cls(
             identity={**get("options", dict), **get("facts", dict)},
             step=get("step", int),
@@ -175,6 +170,10 @@ class _Run:
             looks=get("looks", int),
             counts=counts,
         )
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> TrainError:
+    return TrainError(f"{path}: what it says of its run is damaged ({what}); go on from another checkpoint")
 
 
 def _read(file: SctFile, name: str, shape: torch.Size) -> Tensor:
@@ -189,7 +188,7 @@ def _read(file: SctFile, name: str, shape: torch.Size) -> Tensor:
 
 def _checked_order(order: Tensor, path: str | os.PathLike[str], name: str) -> Tensor:
     if order.is_floating_point() or not torch.equal(order.abs().sort().values, torch.arange(1, len(order) + 1)):
-        raise TrainError(f"{path}: the order of {name}'s columns is damaged; go on from another checkpoint")
+        raise _damaged(path, f"the order of {name}'s columns")
     return order
 
 

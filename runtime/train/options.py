@@ -177,8 +177,9 @@ class TrainOptions:
             "step_in_backward": False,
             "momentum": "float32",
             "weights": "float32",
+            "angle": None,  # with adamw `rate` is that of all
+            "singular_rate": None,
         }
-        own |= {"angle": None, "singular_rate": None}  # with adamw `rate` is that of all
         for name, usual in own.items():
             if self.optimizer == "adamw" and getattr(self, name) != usual:
                 raise TrainError(f"--{name.replace('_', '-')}: needs --optimizer spectral")

@@ -145,7 +145,7 @@ def _run(
         "teacher": identity["teacher"],
     }
     first, kept = state.best, files.resume
-    stands: list[str] = []
+    is_written = False
     with SctFile(files.model) as source, _Log(files, state.step) as log:
 
         def checkpoint() -> None:
@@ -161,15 +161,15 @@ def _run(
                 on_step(done)
 
         def best(reached: TrainState) -> None:
-            nonlocal first
+            nonlocal first, is_written
             first = reached.best if reached.step == 0 else first
             training = {**facts, "step": reached.step, "held_out_loss": reached.best}
             save_model(model, source, files.output, training=training, overwrite=True)
-            stands.append(f"the best so far is {files.output}")
+            is_written = True
 
         def what_stands() -> str:
-            resumable = [f"a checkpoint is kept; go on with --resume {kept}"] if kept else []
-            return "; ".join([*stands[:1], *resumable])
+            written = [f"the best so far is {files.output}"] if is_written else []
+            return "; ".join([*written, *([f"a checkpoint is kept; go on with --resume {kept}"] if kept else [])])
 
         with noted(what_stands):
             try:

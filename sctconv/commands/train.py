@@ -173,9 +173,8 @@ def train(
     if plan:
         _print_plan(estimate(model, options, place), as_json)
         return
-    if not teacher and (
-        lone := given("teacher_cache", "teacher_top", "teacher_weight", "teacher_dtype", "teacher_device")
-    ):
+    of_teacher = ("teacher_cache", "teacher_top", "teacher_weight", "teacher_dtype", "teacher_device", "temperature")
+    if not teacher and (lone := given(*of_teacher)):
         raise OptionError(f"{lone}: of whom? give --teacher SRC too")
     taught_by = None
     if teacher:

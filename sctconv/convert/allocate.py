@@ -283,7 +283,8 @@ def _kls(
     """Mean KL(dense || variant) of the next-token distributions, in nats."""
     parts = decoder.parts(len(batches[0]), batches[0].shape[1])
     sides = [dense, *variants.values()]
-    states = (side[:, part] for number in range(len(batches)) for part in parts for side in [s[number] for s in sides])
+    read = ([side[number] for side in sides] for number in range(len(batches)))  # once each: they may be on the disk
+    states = (state[:, part] for together in read for part in parts for state in together)
     tokens = [batch[:, part] for batch in batches for part in parts]
     logits = decoder.head(states, [part for part in tokens for _ in sides])
     kls = dict.fromkeys(variants, 0.0)

@@ -39,8 +39,8 @@ _COPIED: Final = 500e6
 _PASSES: Final = 6
 """Of the calibration text through a block: the teacher's, one for each group of layers with an input of their own, the student's."""
 
-_METRIC_PASSES: Final = 3 * 8192
-"""Tokens forward and backward for the metrics, in forward passes."""
+_METRIC_TOKENS: Final = 8192
+"""That the metrics are made of."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def _calibrated(model: DenseModel, planned: list[LayerPlan], options: ConvertOpt
     weights = sum(count * m * n for (m, n, _), count in shapes.items())
     batch, device = memory.batch * context, decoder.device
     rate, slow = _product_rate(batch, bf16, device), _product_rate(batch, False, device)
-    seconds += 2.0 * weights * (_PASSES * tokens + _METRIC_PASSES) / rate
+    seconds += 2.0 * weights * (_PASSES * tokens + 3 * _METRIC_TOKENS) / rate
     # the output layer: there and back for the metrics, and of both models for the held-out windows
     text = model.skeleton.config.get_text_config()
-    seconds += 2.0 * text.vocab_size * decoder.width * (_METRIC_PASSES * 2 / 3 + 2 * tokens / HELD_OUT) / slow
+    seconds += 2.0 * text.vocab_size * decoder.width * (2 * _METRIC_TOKENS + 2 * tokens / HELD_OUT) / slow
     for (m, n, rank), count in shapes.items():
-        metric = 2.0 * 8192 * m * min(m, 8192)
+        metric = 2.0 * _METRIC_TOKENS * m * min(m, 8192)
         if n <= memory.gram_side:
             sums = 2.0 * tokens * n * (n + min(m, n))
             seconds += count * ((metric + sums) / slow + _closed_form_seconds(m, n, rank, device))
