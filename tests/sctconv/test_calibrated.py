@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,51 +17,28 @@ from sctconv import SctFile
 from sctconv.cli import main
 from sctconv.convert import ConvertOptions, convert
 from sctconv.convert.allocate import TRIALS, Sensitivity, knapsack
-from sctconv.convert.budget import MemoryPlan, plan_memory
+from sctconv.convert.budget import MemoryPlan
 from sctconv.convert.calibration import load_calibration
 from sctconv.convert.decoder import Decoder
-from sctconv.convert.plan import LayerPlan, make_plan
+from sctconv.convert.plan import LayerPlan
 from sctconv.convert.sweep import Sweep
-from sctconv.errors import OptionError
 from sctconv.formats.errors import SctError
 from sctconv.runtime.skeleton import linear_layers, load_tokenizer
 from sctconv.runtime.verify import verify
 from sctconv.sources import open_source
 from sctconv.sources.weights import DenseModel
-from tests.models import FAMILIES, logits, save, tiny_model, tiny_tokenizer
-
-TEXT = "".join(
-    f"Item {place}: {place * place} apples, {place % 7} pears; the {place}th of many.\n" for place in range(400)
-)
-
-
-def _source(family: str, directory: Path) -> Path:
-    source = save(tiny_model(family, vocab_size=260), directory / family)
-    tiny_tokenizer(source)
-    (directory / "text.txt").write_text(TEXT)
-    return source
+from tests.models import FAMILIES, logits, tiny_model
+from tests.sctconv.calibrating import TEXT, calibrated_options, source_with_text
 
 
 def _tokenizer(source: Path) -> Any:
     return load_tokenizer(open_source(str(source)).files)
 
 
-def _options(source: Path, **changes: Any) -> ConvertOptions:
-    settings: dict[str, Any] = {
-        "rank": 6,
-        "modules": "all",
-        "calibration_tokens": 4096,
-        "calibration_context": 64,
-        "bf16": False,
-        **changes,
-    }
-    return ConvertOptions(calibration=(str(source.parent / "text.txt"),), **settings)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_full_rank_the_student_is_the_teacher(family: str, tmp_path: Path) -> None:
-    source = _source(family, tmp_path)
-    report = convert(str(source), tmp_path / "o.sct", _options(source, rank=32), must_shrink=False)
+    source = source_with_text(family, tmp_path)
+    report = convert(str(source), tmp_path / "o.sct", calibrated_options(source, rank=32), must_shrink=False)
     assert report.layers and report.quality is not None
     assert max(report.quality["held_out"]["distances"]) < 1e-3 and report.quality["held_out"]["kl"] < 1e-4
     expected = logits(tiny_model(family, vocab_size=260))
@@ -73,10 +47,10 @@ def test_at_full_rank_the_student_is_the_teacher(family: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_in_bfloat16_the_student_is_the_teacher_but_for_its_rounding(family: str, tmp_path: Path) -> None:
-    source = _source(family, tmp_path)
+    source = source_with_text(family, tmp_path)
     made = []
     for name, bf16 in (("exact", False), ("fast", True)):
-        options = _options(source, rank=32, bf16=bf16)
+        options = calibrated_options(source, rank=32, bf16=bf16)
         report = convert(str(source), tmp_path / f"{name}.sct", options, must_shrink=False)
         assert report.quality is not None and report.quality["bf16"] is bf16
         made.append(report.quality["held_out"])
@@ -87,9 +61,9 @@ def test_in_bfloat16_the_student_is_the_teacher_but_for_its_rounding(family: str
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_nearer_to_the_teacher_than_truncation(family: str, tmp_path: Path) -> None:
-    source = _source(family, tmp_path)
+    source = source_with_text(family, tmp_path)
     convert(str(source), tmp_path / "plain.sct", ConvertOptions(rank=6, modules="all"))
-    report = convert(str(source), tmp_path / "fitted.sct", _options(source))
+    report = convert(str(source), tmp_path / "fitted.sct", calibrated_options(source))
     verify(tmp_path / "fitted.sct")
     ids = torch.tensor(_tokenizer(source)(TEXT[-500:]).input_ids)[None, :120]
     dense = torch.log_softmax(logits(tiny_model(family, vocab_size=260), ids), -1)
@@ -110,8 +84,8 @@ def test_it_is_nearer_to_the_teacher_than_truncation(family: str, tmp_path: Path
 
 
 def test_what_the_converter_measured_is_what_the_file_gives(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
-    options = _options(source)
+    source = source_with_text("llama", tmp_path)
+    options = calibrated_options(source)
     report = convert(str(source), tmp_path / "o.sct", options)
     loaded = sctconv.load(tmp_path / "o.sct")
     texts = load_calibration(options.calibration, loaded.tokenizer, tokens=4096, context=64)
@@ -125,9 +99,9 @@ def test_what_the_converter_measured_is_what_the_file_gives(tmp_path: Path) -> N
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
-    source = _source("qwen2", tmp_path)
+    source = source_with_text("qwen2", tmp_path)
     for name in "ab":
-        convert(str(source), tmp_path / f"{name}.sct", _options(source))
+        convert(str(source), tmp_path / f"{name}.sct", calibrated_options(source))
     assert (tmp_path / "a.sct").read_bytes() == (tmp_path / "b.sct").read_bytes()
 
 
@@ -141,7 +115,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_writers_to_the_residual_stream_are_found(family: str, expected: dict[str, str], tmp_path: Path) -> None:
-    model = DenseModel(open_source(str(_source(family, tmp_path))))
+    model = DenseModel(open_source(str(source_with_text(family, tmp_path))))
     decoder = Decoder(model, list(linear_layers(model.skeleton)))
     (state,) = decoder.embed([torch.arange(2 * 32).reshape(2, 32)])
     block = decoder.block(0, state)
@@ -150,7 +124,7 @@ def test_writers_to_the_residual_stream_are_found(family: str, expected: dict[st
 
 
 def test_layers_with_one_input_stand_together(tmp_path: Path) -> None:
-    model = DenseModel(open_source(str(_source("llama", tmp_path))))
+    model = DenseModel(open_source(str(source_with_text("llama", tmp_path))))
     decoder = Decoder(model, list(linear_layers(model.skeleton)))
     (state,) = decoder.embed([torch.arange(2 * 32).reshape(2, 32)])
     groups = [[name.rpartition(".")[2] for name in group] for group in decoder.block(1, state).groups]
@@ -159,7 +133,7 @@ def test_layers_with_one_input_stand_together(tmp_path: Path) -> None:
 
 def test_a_dense_block_runs_as_in_the_model(tmp_path: Path) -> None:
     for family in FAMILIES:
-        model = DenseModel(open_source(str(_source(family, tmp_path))))
+        model = DenseModel(open_source(str(source_with_text(family, tmp_path))))
         decoder = Decoder(model, list(linear_layers(model.skeleton)))
         ids = torch.arange(2 * 40).reshape(2, 40) % 256
         states = list(decoder.embed([ids]))
@@ -171,7 +145,7 @@ def test_a_dense_block_runs_as_in_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plan", [MemoryPlan(batch=4), MemoryPlan(batch=1)])
 def test_hidden_states_on_disk_are_those_in_memory(plan: MemoryPlan, tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     for spill in (None, tmp_path):
         _sweep(source, replace(plan, spill=spill), tmp_path / f"{bool(spill)}.pt")
     kept, spilled = (torch.load(tmp_path / f"{name}.pt") for name in ("False", "True"))
@@ -180,7 +154,7 @@ def test_hidden_states_on_disk_are_those_in_memory(plan: MemoryPlan, tmp_path: P
 
 
 def test_layers_too_wide_for_a_gram_matrix_are_fitted_from_tokens(tmp_path: Path) -> None:
-    source = _source("olmo2", tmp_path)  # no biases, which tokens leave as they are and moments correct
+    source = source_with_text("olmo2", tmp_path)  # no biases, which tokens leave as they are and moments correct
     _sweep(source, MemoryPlan(), tmp_path / "moments.pt")
     _sweep(source, MemoryPlan(gram_side=8, dual_tokens=1 << 20), tmp_path / "tokens.pt")
     moments, tokens = (torch.load(tmp_path / f"{name}.pt") for name in ("moments", "tokens"))
@@ -199,53 +173,11 @@ def _sweep(source: Path, memory: MemoryPlan, out: Path) -> None:
     torch.save({name: (fit.U * fit.s) @ fit.V.T for name, fit in fits.items()}, out)
 
 
-def test_a_memory_budget_is_kept_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = _source("llama", tmp_path)
-    with pytest.raises(OptionError, match=r"--max-memory 0.000977GiB: calibration holds .* at least \d\.\d\d GiB"):
-        convert(str(source), tmp_path / "o.sct", _options(source, max_memory=1 << 20))
-    assert not list(tmp_path.glob("*.sct*"))
-    monkeypatch.setattr("sctconv.convert.budget.rss_bytes", lambda: 500 << 20)  # which grows from call to call
-    decoder = Decoder(DenseModel(open_source(str(source))), ["model.layers.0.mlp.up_proj"])
-    roomy = plan_memory(decoder, 1000, 64, limit=1 << 40, directory=tmp_path)
-    assert roomy.batch == 4 and roomy.spill is None and roomy.estimate < roomy.limit
-    tight = plan_memory(decoder, 1 << 40, 64, limit=roomy.estimate, directory=tmp_path)
-    assert tight.spill == tmp_path and tight.estimate <= tight.limit
-    fast = plan_memory(decoder, 1000, 64, limit=1 << 40, directory=tmp_path, bf16=True)
-    assert fast.bf16 and fast.estimate > roomy.estimate
-    assert not plan_memory(decoder, 1000, 64, limit=roomy.estimate, directory=tmp_path, bf16=True).bf16
-
-
-def test_a_large_vocabulary_is_within_the_least_budget_that_is_taken(tmp_path: Path) -> None:
-    """Logits of four windows of 512 tokens over 50,000 would be 400 MB, and several times that with their gradient."""
-    source = save(tiny_model("llama", vocab_size=50_000), tmp_path / "m")
-    tiny_tokenizer(source)
-    (tmp_path / "text.txt").write_text("".join(f"{place} times {place} is {place * place}.\n" for place in range(900)))
-    command = [sys.executable, "-m", "sctconv", "convert", str(source), "--rank", "4", "--json", "--no-report"]
-    command += [
-        "--calibration",
-        str(tmp_path / "text.txt"),
-        "--calibration-tokens",
-        "4096",
-        "-o",
-        str(tmp_path / "o.sct"),
-    ]
-
-    def converted(limit: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, "--max-memory", str(limit)], capture_output=True, text=True)
-
-    least = re.search(r"here at least ([\d.]+) GiB", converted(1 << 20).stderr)
-    assert least
-    limit = int((float(least[1]) + 0.03) * 2**30)
-    done = converted(limit)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["peak_rss_bytes"] < 1.1 * limit
-
-
 def test_dense_layers_are_fitted_too_unless_told_not_to(tmp_path: Path) -> None:
-    source = _source("gpt2", tmp_path)
+    source = source_with_text("gpt2", tmp_path)
     kl = []
     for refit in (False, True):
-        report = convert(str(source), tmp_path / f"{refit}.sct", _options(source, modules="mlp", refit=refit))
+        report = convert(str(source), tmp_path / f"{refit}.sct", calibrated_options(source, modules="mlp", refit=refit))
         assert report.quality is not None
         kl.append(report.quality["held_out"]["kl"])
         dense = tiny_model("gpt2", vocab_size=260).state_dict()["transformer.h.1.attn.c_proj.weight"]
@@ -256,16 +188,16 @@ def test_dense_layers_are_fitted_too_unless_told_not_to(tmp_path: Path) -> None:
 
 
 def test_energy_is_of_the_outputs(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
-    report = convert(str(source), tmp_path / "o.sct", _options(source, rank=None, energy=0.6))
+    source = source_with_text("llama", tmp_path)
+    report = convert(str(source), tmp_path / "o.sct", calibrated_options(source, rank=None, energy=0.6))
     assert report.layers and all(record.rank < 16 for record in report.layers)
     assert len({record.rank for record in report.layers}) > 1
-    report = convert(str(source), tmp_path / "p.sct", _options(source, rank=None, energy=0.999999))
+    report = convert(str(source), tmp_path / "p.sct", calibrated_options(source, rank=None, energy=0.999999))
     assert report.dense and all("energy 0.999999 asks for a rank" in str(layer.reason) for layer in report.dense)
 
 
 def test_mixtures_take_equal_shares_and_jsonl_its_text(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     tokenizer = _tokenizer(source)
     lines = [json.dumps({"text": f"line {place} of another text altogether. " * 4}) for place in range(200)]
     (tmp_path / "more.jsonl").write_text("\n".join(lines))
@@ -289,19 +221,19 @@ def test_mixtures_take_equal_shares_and_jsonl_its_text(tmp_path: Path) -> None:
     ],
 )
 def test_texts_that_cannot_be_used_are_one_line(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SctError, match=message) as caught:
-        convert(str(source), tmp_path / "o.sct", _options(source).__class__(rank=4, calibration=(str(path),),
+        convert(str(source), tmp_path / "o.sct", calibrated_options(source).__class__(rank=4, calibration=(str(path),),
                 calibration_tokens=4096, calibration_context=64))  # fmt: skip
     assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*.sct"))
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     args = ["convert", str(source), "-o", str(tmp_path / "o.sct"), "--rank", "6", "--calibration-tokens", "2048"]
     result = CliRunner().invoke(main, [*args, "--calibration", str(tmp_path / "text.txt")])
     assert result.exit_code == 0, result.output
@@ -315,7 +247,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_without_text_and_without_a_way_to_it_one_line_names_both_options(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     result = CliRunner().invoke(main, ["convert", str(source), "-o", str(tmp_path / "o.sct"), "--rank", "6"])
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
     assert "--calibration FILE" in result.stderr and "--data-free" in result.stderr and "wikitext" in result.stderr
@@ -323,7 +255,7 @@ def test_without_text_and_without_a_way_to_it_one_line_names_both_options(tmp_pa
 
 
 def test_the_report_lies_beside_the_file(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     text = str(tmp_path / "text.txt")
     args = ["convert", str(source), "-o", str(tmp_path / "o.sct"), "--rank", "6", "--calibration-tokens", "2048"]
     assert CliRunner().invoke(main, [*args, "--calibration", text]).exit_code == 0
@@ -349,45 +281,18 @@ def test_the_report_lies_beside_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], words: list[str], tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
+    source = source_with_text("llama", tmp_path)
     result = CliRunner().invoke(main, ["convert", str(source), "-o", str(tmp_path / "o.sct"), *options])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
 
 
-def test_the_file_is_within_its_target_and_one_rank_more_would_not_be(tmp_path: Path) -> None:
-    source = _source("llama", tmp_path)
-    sizes = {}
-    for rank in (3, 8):
-        options = ConvertOptions(rank=rank, modules="all")
-        sizes[rank] = make_plan(DenseModel(open_source(str(source))), options).file_bytes
-    report = convert(str(source), tmp_path / "o.sct", ConvertOptions(target_size=sizes[8], modules="all"))
-    assert {record.rank for record in report.layers} == {8} and report.bytes <= sizes[8]
-    report = convert(str(source), tmp_path / "p.sct", ConvertOptions(target_size=sizes[8] - 1, modules="all"))
-    assert {record.rank for record in report.layers} == {7}
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("changes", [{"calibration": ()}, {}, {"allocate": "measured", "refine": 2}], ids=str)
-def test_no_file_is_larger_than_planned_nor_much_smaller(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    source = _source(family, tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{place} times {place} is {place * place}.\n" for place in range(600)))
-    settings: dict[str, Any] = {
-        "rank": 8, "modules": "all", "calibration": (str(text),), "calibration_tokens": 512, "calibration_context": 64, **changes
-    }  # fmt: skip
-    options = ConvertOptions(**settings)
-    planned = make_plan(DenseModel(open_source(str(source))), options).file_bytes
-    report = convert(str(source), tmp_path / "o.sct", options)
-    assert report.bytes <= planned <= report.bytes + len(report.layers) * 1024 + 16384
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_refinement_and_measured_ranks(family: str, tmp_path: Path) -> None:
     """Never worse than what they start from, on held-out text; the same parameters; all of it in the index."""
-    source = _source(family, tmp_path)
-    plain = convert(str(source), tmp_path / "plain.sct", _options(source))
-    options = _options(source, allocate="measured", refine=10)
+    source = source_with_text(family, tmp_path)
+    plain = convert(str(source), tmp_path / "plain.sct", calibrated_options(source))
+    options = calibrated_options(source, allocate="measured", refine=10)
     report = convert(str(source), tmp_path / "o.sct", options)
     assert report.quality is not None and plain.quality is not None
     assert report.parameters <= plain.parameters
